@@ -1,0 +1,113 @@
+"""Reach every head of a transformers model: one hook, through the attention interface that models already call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from torch import nn
+
+from headwise.attach.controller import Controller, Intervention, Observer, Router, controllers
+from headwise.attach.hook import HeadCall
+from headwise.attach.locate import Stack, find_stack, fingerprint
+from headwise.edits import Edit, HeadEdits
+from headwise.errors import AttachError
+from headwise.plan import HeadPlan
+
+__all__ = ["Attachment", "HeadCall", "Router", "Stack", "attach", "detach", "find_stack", "fingerprint"]
+
+
+class Attachment:
+    """What `attach` returns: a context manager, or a lasting handle with `detach()`."""
+
+    def __init__(self, model: nn.Module, controller: Controller, intervention: Intervention):
+        self.model, self.controller, self.intervention = model, controller, intervention
+        self.attached = True
+
+    def detach(self) -> None:
+        """Take this intervention away; the last one to go leaves the model as it was. Repeated calls do nothing."""
+        if not self.attached:
+            return
+        self.attached = False
+        if self.intervention.router is not None:
+            self.intervention.router.uninstall(self.model, self.controller.stack)
+        self.controller.pop(self.intervention)
+        if not self.controller.interventions:
+            self.controller.remove()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+def attach(
+    model: nn.Module,
+    *,
+    plan: HeadPlan | None = None,
+    edits: HeadEdits | Edit | Sequence[Edit] | None = None,
+    router: Router | None = None,
+    observers: Sequence[Observer] = (),
+    stack: str | None = None,
+) -> Attachment:
+    """Apply a KV plan, head edits, a head router or observers to a transformers model, without changing its code.
+
+    The model keeps its class, its weights and its own attention kernel. Attachments nest and may be detached in any
+    order; at most one plan and one router are active at a time. Raises `AttachError` if the model cannot be reached,
+    `WrongModelError` if an artifact belongs to another model, `UnitError` if a head does not exist; the model is then
+    as it was. `stack` chooses a tower where a model has several ("text_model", "vision_model").
+
+    >>> import torch
+    >>> from headwise.hub import load_model
+    >>> from headwise.edits import Edit
+    >>> from headwise.units import HeadSet
+    >>> model, _ = load_model("tiny-random-llama")
+    >>> ids = torch.arange(10)[None]
+    >>> before = model(ids).logits
+    >>> with attach(model, edits=Edit.zero(HeadSet.parse("L0H1"))):
+    ...     changed = model(ids).logits
+    >>> bool((before != changed).any()), bool((before == model(ids).logits).all())
+    (True, True)
+    """
+    found = find_stack(model, stack)
+    intervention = Intervention(plan, _as_edits(edits), router, tuple(observers))
+    _check(model, found, stack, intervention)
+    existing = [c for c in controllers(model) if c.stack.pattern == found.pattern]
+    controller = existing[0] if existing else Controller(model, found)
+    if router is not None:
+        router.install(model, found)
+    try:
+        controller.push(intervention)
+        if not existing:
+            controller.install()
+    except Exception:
+        if router is not None:
+            router.uninstall(model, found)
+        raise
+    return Attachment(model, controller, intervention)
+
+
+def detach(model: nn.Module) -> None:
+    """Take everything away that is attached to a model (also to a deep copy of an attached model)."""
+    for controller in list(controllers(model)):
+        for intervention in list(controller.interventions):
+            Attachment(model, controller, intervention).detach()
+
+
+def _as_edits(edits: HeadEdits | Edit | Sequence[Edit] | None) -> HeadEdits | None:
+    if edits is None or isinstance(edits, HeadEdits):
+        return edits
+    return HeadEdits.of(*([edits] if isinstance(edits, Edit) else edits))
+
+
+def _check(model: nn.Module, found: Stack, stack: str | None, wanted: Intervention) -> None:
+    print_ = fingerprint(model, stack)
+    if wanted.plan is not None:
+        wanted.plan.check(print_)
+    if wanted.edits is not None:
+        wanted.edits.check(print_)
+    if wanted.router is not None:
+        wanted.router.check(print_)

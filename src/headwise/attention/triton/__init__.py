@@ -1,0 +1,20 @@
+"""Own Triton kernels for the shapes that no library has. Importing this package does not need Triton; calling does.
+
+``routed_attention``  every head serves its own subset of the queries        forward + backward
+``span_attention``    every kv head reads its sinks and its window           forward + backward
+``ragged_decode``     every (row, kv head) has its own number of keys        forward
+"""
+
+from headwise.attention.triton.decode import Compensation, SplitPlan, plan_splits, ragged_decode, ragged_decode_groups
+from headwise.attention.triton.routed import routed_attention
+from headwise.attention.triton.spans import span_attention
+
+__all__ = [
+    "Compensation",
+    "SplitPlan",
+    "plan_splits",
+    "ragged_decode",
+    "ragged_decode_groups",
+    "routed_attention",
+    "span_attention",
+]

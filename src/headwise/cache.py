@@ -1,0 +1,478 @@
+"""A transformers `Cache` whose layers hold, for every kv head, only the tokens that its pattern keeps.
+
+The kv heads of a layer are grouped by pattern; each group has its own tensors, as long as that pattern needs. What is
+dropped is freed. The model's attention is reached through `headwise.attach`, which asks a layer for its groups
+(`HeadwiseLayer.take`) right after the model has called `update`; the keys keep the rotary positions they came with.
+
+Letters: B batch, K kv heads, Kg heads of one group, S slots, D head dim. Columns and positions as in `attention.groups`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from headwise.attention.groups import Compensation, KVGroup
+from headwise.errors import CacheError, PlanError
+from headwise.plan import Full, HeadPlan, Pattern
+
+GROWTH = 64  # a full buffer grows by 1/GROWTH of its length: 1.6 % of slack buys amortised O(GROWTH) copies per token
+
+
+class HeadwiseCache(Cache):
+    """The KV cache of a `HeadPlan`: real memory freed per kv head, under plain `generate`.
+
+    >>> from headwise.plan import SinkWindow
+    >>> cache = HeadwiseCache(HeadPlan.uniform(SinkWindow(sinks=4, window=32), layers=2, kv_heads=2))
+    >>> cache.nbytes
+    0
+    """
+
+    def __init__(self, plan: HeadPlan):
+        self.plan = plan
+        layers = [HeadwiseLayer(plan.groups(layer), dense_prefill=plan.prefill == "dense") for layer in range(plan.layers)]
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all allocated tensors: keys, values, slot positions, compensation tokens."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def layer_bytes(self) -> list[int]:
+        """Allocated bytes, one number a layer."""
+        return [layer.nbytes for layer in self.layers]
+
+    def table(self) -> str:
+        """Bytes, tokens and patterns of every layer as text."""
+        lines = [f"{'layer':>5} {'MiB':>9} {'seen':>7}  kv heads: slots"]
+        for index, layer in enumerate(self.layers):
+            stores = "; ".join(f"{list(s.heads)} {s.pattern}: {s.slots}" for s in layer.stores)
+            lines.append(f"{index:5d} {layer.nbytes / 2**20:9.3f} {layer.get_seq_length():7d}  {stores}")
+        lines.append(f"total {self.nbytes / 2**20:9.3f}")
+        return "\n".join(lines)
+
+
+class HeadwiseLayer(CacheLayerMixin):
+    """One layer: a store per group of kv heads with the same pattern.
+
+    `update` only hands the new keys and values over; `take` writes them and returns what the queries read. Between the
+    two nothing else may happen, and an `update` without `take` (a model that headwise is not attached to) raises.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, groups: list[tuple[Pattern, tuple[int, ...]]], *, dense_prefill: bool):
+        super().__init__()
+        if not dense_prefill and any(pattern.compensated for pattern, _ in groups):
+            raise PlanError(
+                "a compensation token stands for tokens that are dropped after the prompt: such a plan needs "
+                "prefill='dense'"
+            )
+        self.stores: list[Store] = [_store(pattern, heads, dense_prefill) for pattern, heads in groups]
+        self.kv_heads = sum(len(heads) for _, heads in groups)
+        self.seen = 0  # columns, padding included
+        self.start: Tensor | None = None  # (B,) first real column; None where no row is padded
+        self.record_past = False
+        self.pending: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device; storage grows with what is kept."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Hand over keys and values (B, K, N, D) of N new columns; they are stored by `take`."""
+        if self.pending is not None:
+            raise CacheError(
+                "a HeadwiseCache was updated twice without being read: the model is not attached. "
+                "Use it inside `with headwise.attach(model, plan=plan):`"
+            )
+        if key_states.shape[1] != self.kv_heads:
+            raise CacheError(f"this cache holds {self.kv_heads} kv heads a layer, the model gives {key_states.shape[1]}")
+        if self.seen and key_states.shape[0] != self.batch_size:
+            raise CacheError(
+                f"this cache holds a batch of {self.batch_size} rows and {self.seen} tokens; it was given a batch of "
+                f"{key_states.shape[0]}. Make a new HeadwiseCache for a new batch, or call reset()"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.pending = (key_states, value_states)
+        return key_states, value_states
+
+    def take(self, start: Tensor | None) -> tuple[list[KVGroup], int, Tensor | None]:
+        """Store the pending columns; return (groups to read, columns before the queries, start of the rows).
+
+        `start` (B,) is the first real column of each row, None without padding; only the first call's is kept.
+        """
+        if self.pending is None:
+            raise CacheError("nothing to read: the model did not update this layer in this forward pass")
+        (k, v), self.pending = self.pending, None
+        if self.seen == 0:
+            self.start = start
+            self.rows = [0] * k.shape[0] if start is None else [int(s) for s in start.tolist()]
+        offset, N = self.seen, k.shape[2]
+        self.seen += N
+        groups = []
+        for store in self.stores:
+            heads = list(store.heads)
+            part = (k, v) if len(heads) == self.kv_heads else (k[:, heads], v[:, heads])
+            groups.append(store.extend(*part, Columns(offset, N, self.start, self.rows), keep_all=self.record_past))
+        return groups, offset, self.start
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this layer's allocated tensors."""
+        return sum(store.nbytes for store in self.stores)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, 0 when empty."""
+        return len(self.rows) if self.seen else 0
+
+    @property
+    def max_batch_size(self) -> int:
+        """Rows held (the name transformers asks for)."""
+        return self.batch_size
+
+    def get_seq_length(self) -> int:
+        """Columns seen, whether kept or not."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are built over all columns; `take`'s groups pick from them what is stored."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Unbounded."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Drop nothing until `crop` is called, so that rejected draft tokens can be taken back exactly."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` columns, then drop what the patterns do not keep."""
+        count = abs(int(tokens_to_remove))
+        if tokens_to_remove > 0:
+            raise CacheError(f"crop({tokens_to_remove}): give a negative number, the columns to take back")
+        if count > self.seen:
+            raise CacheError(f"crop({tokens_to_remove}): only {self.seen} columns were seen")
+        for store in self.stores:
+            store.crop(Columns(self.seen - count, 0, self.start, self.rows) if self.seen else None, count)
+        self.seen -= count
+
+    def reset(self) -> None:
+        """Forget everything and free the storage."""
+        for store in self.stores:
+            store.reset()
+        self.seen, self.start, self.pending, self.is_initialized = 0, None, None, False
+
+    def _rows(self, index: Tensor) -> None:
+        if not self.seen:
+            return
+        for store in self.stores:
+            store.select_rows(index)
+        self.rows = [self.rows[i] for i in index.tolist()]
+        self.start = None if self.start is None else self.start[index.to(self.start.device)]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i becomes row beam_idx[i]."""
+        self._rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._rows(torch.as_tensor(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Refused: headwise caches free memory instead of moving it."""
+        raise CacheError("a HeadwiseCache cannot be offloaded; lower the plan's budget instead")
+
+    def prefetch(self) -> None:
+        """Nothing is ever offloaded."""
+
+
+class Columns:
+    """New columns of one forward pass: how many came before, how many come, where the rows start."""
+
+    def __init__(self, offset: int, count: int, start: Tensor | None, rows: list[int]):
+        self.offset, self.count, self.start, self.rows = offset, count, start, rows
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Positions of the new columns, (1 or B, N) int32; -1 for padding."""
+        columns = torch.arange(self.offset, self.offset + self.count, device=device, dtype=torch.int32)[None]
+        if self.start is None:
+            return columns
+        return (columns - self.start[:, None].to(torch.int32)).clamp(min=-1)
+
+    def lengths(self) -> list[int]:
+        """Real tokens seen by each row, the new ones included."""
+        return [max(0, self.offset + self.count - first) for first in self.rows]
+
+
+class Store:
+    """Keys and values of the kv heads of one pattern. Subclasses say what is kept."""
+
+    def __init__(self, pattern: Pattern, heads: tuple[int, ...]):
+        self.pattern, self.heads = pattern, heads
+        self.reset()
+
+    def reset(self) -> None:
+        """Free the storage."""
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that this store has allocated."""
+        return [t for t in (self.k, self.v) if t is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of those tensors."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors())
+
+    @property
+    def slots(self) -> int:
+        """Tokens for which there is room."""
+        return 0 if self.k is None else self.k.shape[2]
+
+    def extend(self, k: Tensor, v: Tensor, new: Columns, *, keep_all: bool) -> KVGroup:
+        """Store new columns (B, Kg, N, D) and return what their queries read."""
+        raise NotImplementedError
+
+    def crop(self, left: Columns | None, count: int) -> None:
+        """Take back the last `count` columns; `left` describes what remains."""
+        raise NotImplementedError
+
+    def select_rows(self, index: Tensor) -> None:
+        """Row i becomes row index[i]."""
+        if self.k is not None and self.v is not None:
+            index = index.to(self.k.device)
+            self.k, self.v = self.k.index_select(0, index), self.v.index_select(0, index)
+
+
+class FullStore(Store):
+    """Every column, in order, in a buffer that grows by 1/64 of its length."""
+
+    def reset(self) -> None:
+        """Free the storage."""
+        super().reset()
+        self.length = 0
+
+    def extend(self, k: Tensor, v: Tensor, new: Columns, *, keep_all: bool) -> KVGroup:
+        """Write the new columns behind the old ones; the queries read all of them."""
+        end = self.length + k.shape[2]
+        self.k, self.v = self._room(self.k, k, end), self._room(self.v, v, end)
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return KVGroup(heads=self.heads, k=self.k[:, :, :end], v=self.v[:, :, :end], pattern=self.pattern)
+
+    def _room(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
+        if buffer is not None and buffer.shape[2] >= end:
+            return buffer
+        capacity = end if buffer is None else end + max(GROWTH, end // GROWTH)
+        shape = (new.shape[0], new.shape[1], capacity, new.shape[3])
+        grown = torch.empty(shape, dtype=new.dtype, device=new.device)
+        if buffer is not None:
+            grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
+    def crop(self, left: Columns | None, count: int) -> None:
+        """Forget the last columns; their room stays."""
+        self.length -= min(count, self.length)
+
+
+class WindowStore(Store):
+    """Sinks and a recent window, slots in any order, each with the position of its token (-1: empty).
+
+    With compensation, what leaves the window is folded into the mean key and value of all dropped tokens:
+    k_hat <- (n k_hat + k) / (n + 1), the same as recomputing the mean.
+    """
+
+    def __init__(self, pattern: Pattern, heads: tuple[int, ...], dense_prefill: bool):
+        self.dense_prefill = dense_prefill
+        super().__init__(pattern, heads)
+
+    def reset(self) -> None:
+        """Free the storage."""
+        super().reset()
+        self.positions: Tensor | None = None  # (1 or B, S) int32
+        self.folded: tuple[Tensor, Tensor, Tensor] | None = None  # k, v (B, Kg, D) float32; count (B, 1) float32
+        self.frozen: list[int] | None = None  # a growing buffer keeps what it held after prefill, and all that follows
+
+    def tensors(self) -> list[Tensor]:
+        """Keys, values, positions, compensation."""
+        extra = [] if self.positions is None else [self.positions]
+        return super().tensors() + extra + (list(self.folded) if self.folded else [])
+
+    def extend(self, k: Tensor, v: Tensor, new: Columns, *, keep_all: bool) -> KVGroup:
+        """One token replaces the one that leaves; a chunk is read together with the store and then compressed."""
+        if new.count == 1 and self.k is not None and not keep_all and self.slots == self._room(new):
+            self._replace_oldest(k, v, new)
+            return self._view(new, chunk=0)
+        before = self._compensation()
+        self._append(k, v, new)
+        view = replace(self._view(new, chunk=new.count), compensation=before)
+        if not keep_all:
+            self._compress(new)
+            if new.count == 1:
+                view = self._view(new, chunk=0)
+        return view
+
+    def _view(self, new: Columns, chunk: int) -> KVGroup:
+        assert self.k is not None and self.v is not None and self.positions is not None
+        reads_all = self.frozen is not None or (chunk > 1 and self.dense_prefill)
+        fresh = chunk == self.slots and new.offset == 0  # the very first columns stand in column order
+        exact = new.start is None and (reads_all or self.slots == self.pattern.kept(new.offset + new.count))
+        return KVGroup(
+            heads=self.heads,
+            k=self.k,
+            v=self.v,
+            pattern=Full() if reads_all else self.pattern,
+            positions=None if fresh else self.positions[:, None].long(),
+            tail=chunk,
+            compensation=self._compensation(),
+            complete=new.count == 1 and exact,
+        )
+
+    def _append(self, k: Tensor, v: Tensor, new: Columns) -> None:
+        positions = new.positions(k.device)
+        if self.k is None or self.v is None or self.positions is None:
+            self.k, self.v, self.positions = k, v, positions
+            return
+        self.k, self.v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.positions = torch.cat([self.positions, positions], dim=1)
+
+    def _keep(self, new: Columns) -> Tensor:
+        """Which slots stay, (1 or B, S) bool."""
+        assert self.positions is not None
+        lengths = new.lengths()
+        if self.pattern.grows and self.frozen is None and new.count > 1:
+            self.frozen = [n - self.pattern.window(n) for n in lengths]
+        first = self.frozen or [n - self.pattern.window(n) for n in lengths]
+        first = first[:1] if self.positions.shape[0] == 1 else first
+        edge = torch.tensor(first, device=self.positions.device, dtype=torch.int32)[:, None]
+        real = self.positions >= 0
+        return real & ((self.positions < self.pattern.sinks) | (self.positions >= edge))
+
+    def _room(self, new: Columns) -> int:
+        """Slots that the longest row needs after the new columns."""
+        lengths = new.lengths()
+        if self.frozen is not None:
+            sinks = self.pattern.sinks
+            pairs = zip(lengths, self.frozen, strict=True)
+            return max(min(n, sinks) + n - max(first, min(n, sinks)) for n, first in pairs)
+        return max(self.pattern.kept(n) for n in lengths)
+
+    def _compress(self, new: Columns) -> None:
+        """Drop what the pattern does not keep, and free it."""
+        assert self.k is not None and self.v is not None and self.positions is not None
+        keep = self._keep(new)
+        room = self._room(new)
+        if self.pattern.compensated:
+            self._fold((self.positions >= 0) & ~keep)
+        if room >= self.slots and _owns(self.k) and _owns(self.v):
+            self.positions = self.positions.masked_fill(~keep, -1)
+            return
+        order = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, :room]
+        self.positions = self.positions.masked_fill(~keep, -1).gather(1, order)
+        self.k, self.v = _take(self.k, order), _take(self.v, order)
+
+    def _replace_oldest(self, k: Tensor, v: Tensor, new: Columns) -> None:
+        """The new token takes the slot of the token that leaves the window, or an empty one."""
+        assert self.k is not None and self.v is not None and self.positions is not None
+        movable = self.positions.masked_fill((self.positions >= 0) & (self.positions < self.pattern.sinks), 2**31 - 1)
+        slot = movable.argmin(dim=1, keepdim=True)  # (1 or B, 1)
+        if self.pattern.compensated:
+            leaving = torch.zeros_like(self.positions, dtype=torch.bool).scatter_(1, slot, True)
+            self._fold(leaving & (self.positions >= 0))
+        self.positions.scatter_(1, slot, new.positions(k.device))
+        index = slot[:, None, :, None].expand(k.shape[0], k.shape[1], 1, k.shape[3])
+        self.k.scatter_(2, index, k)
+        self.v.scatter_(2, slot[:, None, :, None].expand(*v.shape), v)
+
+    def _fold(self, dropped: Tensor) -> None:
+        """Add the dropped slots (1 or B, S) to the running means."""
+        assert self.k is not None and self.v is not None
+        weight = dropped.expand(self.k.shape[0], -1).to(torch.float32)[:, None, :, None]  # (B, 1, S, 1)
+        count = weight.sum(dim=(1, 2))  # (B, 1)
+        k_sum, v_sum = (self.k.float() * weight).sum(2), (self.v.float() * weight).sum(2)  # (B, Kg, D)
+        if self.folded is None:
+            zero = torch.zeros_like
+            self.folded = (zero(k_sum), zero(v_sum), torch.zeros_like(count))
+        k_hat, v_hat, n = self.folded
+        total = (n + count).clamp(min=1)[..., None]
+        self.folded = ((k_hat * n[..., None] + k_sum) / total, (v_hat * n[..., None] + v_sum) / total, n + count)
+
+    def _compensation(self) -> Compensation | None:
+        if self.folded is None:
+            return None
+        k_hat, v_hat, n = self.folded
+        count = n if self.pattern.compensation == "count" else n.clamp(max=1)
+        return Compensation(k=k_hat, v=v_hat, log_count=count.log().expand(-1, k_hat.shape[1]))
+
+    def crop(self, left: Columns | None, count: int) -> None:
+        """Take back the last columns. Exact while they are recorded, or while nothing has left the window."""
+        if left is None or self.positions is None or self.k is None or self.v is None:
+            return
+        ends = left.lengths()
+        lost = count > 0 and any(self._was_evicted(n + count, n) for n in ends)
+        if lost and not self._holds_all(left):
+            raise CacheError(
+                f"crop(-{count}): {self.pattern} has already dropped tokens that would be visible again; call "
+                "activate_past_recording() before the tokens to take back (assisted generation does)"
+            )
+        ends = ends[:1] if self.positions.shape[0] == 1 else ends
+        limit = torch.tensor(ends, device=self.positions.device, dtype=torch.int32)[:, None]
+        self.positions = self.positions.masked_fill(self.positions >= limit, -1)
+        self._compress(left)
+
+    def _was_evicted(self, before: int, after: int) -> bool:
+        """Has a token visible at length `after` left the window by length `before`?"""
+        return before - self.pattern.window(before) > after - self.pattern.window(after)
+
+    def _holds_all(self, left: Columns) -> bool:
+        """Are all tokens that the pattern keeps at this length still stored? (Recorded past, or a short text.)"""
+        assert self.positions is not None
+        for row, n in enumerate(left.lengths()):
+            held = self.positions[min(row, self.positions.shape[0] - 1)]
+            if int(((held >= 0) & (held < n)).sum()) < self.pattern.kept(n):
+                return False
+        return True
+
+    def select_rows(self, index: Tensor) -> None:
+        """Row i becomes row index[i]."""
+        super().select_rows(index)
+        if self.positions is not None and self.positions.shape[0] > 1:
+            self.positions = self.positions.index_select(0, index.to(self.positions.device))
+        if self.folded is not None:
+            at = index.to(self.folded[0].device)
+            self.folded = tuple(t.index_select(0, at) for t in self.folded)  # type: ignore[assignment]
+        if self.frozen is not None:
+            self.frozen = [self.frozen[i] for i in index.tolist()]
+
+
+def _owns(x: Tensor) -> bool:
+    """Does this tensor fill its storage, so that keeping it keeps nothing else alive?"""
+    return x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """Slots `order` (1 or B, S') of x (B, Kg, S, D), in fresh memory."""
+    if order.shape[0] == 1:
+        return x.index_select(2, order[0])
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _store(pattern: Pattern, heads: tuple[int, ...], dense_prefill: bool) -> Store:
+    if pattern.keeps_all:
+        return FullStore(pattern, heads)
+    return WindowStore(pattern, heads, dense_prefill)

@@ -1,0 +1,100 @@
+"""What the commands share: options that mean the same everywhere, loading, attaching, and two ways to say the result."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A bundled name (see: headwise models), a local folder, or a hub id.")
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, … or auto. Default: float32 on a CPU.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, … Default: cuda where there is one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+Progress = Annotated[
+    bool | None, typer.Option("--progress/--no-progress", help="Progress bars. Default: on a terminal.", show_default=False)
+]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="A HeadPlan file: what each kv head keeps.")]
+EditsFile = Annotated[Path | None, typer.Option("--edits", help="A HeadEdits file: what happens to a head's output.")]
+RouterFolder = Annotated[Path | None, typer.Option("--router", help="An adapter folder: which token uses which head.")]
+
+
+def load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer, on the GPU where there is one."""
+    import torch
+    from rich import get_console
+
+    from headwise.hub import load_model
+
+    with get_console().status(f"loading {model}"):
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return load_model(model, dtype=dtype, device=chosen)
+
+
+def tokenizer_of(model: str, tokenizer: Any) -> Any:
+    """The tokenizer, for commands that cannot do without one."""
+    from headwise.errors import TaskError
+
+    if tokenizer is None:
+        raise TaskError(f"{model} has no tokenizer; this command needs a language model")
+    return tokenizer
+
+
+@contextmanager
+def attached(model: Any, plan: Path | None, edits: Path | None, router: Path | None) -> Iterator[None]:
+    """Attach what the files hold while the block runs."""
+    if plan is edits is router is None:
+        yield
+        return
+    from headwise.attach import attach
+    from headwise.edits import HeadEdits
+    from headwise.plan import HeadPlan
+
+    parts: dict[str, Any] = {
+        "plan": HeadPlan.load(plan) if plan else None,
+        "edits": HeadEdits.load(edits) if edits else None,
+        "router": _router(router) if router else None,
+    }
+    with attach(model, **parts):
+        yield
+
+
+def _router(folder: Path) -> Any:
+    from headwise.route import HeadRouter
+
+    return HeadRouter.from_pretrained(folder)
+
+
+def show_progress(progress: bool | None, as_json: bool) -> bool:
+    """Progress bars as asked for; by default on a terminal, and never beside JSON."""
+    return sys.stderr.isatty() and not as_json if progress is None else progress
+
+
+def say(data: Mapping[str, Any], as_json: bool, text: str | Any) -> None:
+    """Print the result: `data` as one JSON object, or `text` (a string or something that rich can draw) for a reader."""
+    if as_json:
+        print(json.dumps(jsonable(data), ensure_ascii=False, allow_nan=False))
+        return
+    from rich.console import Console
+
+    console = Console(soft_wrap=isinstance(text, str))
+    console.print(text, markup=False, highlight=False) if isinstance(text, str) else console.print(text)
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: tensors and tuples become lists, numbers that JSON lacks become null, the rest text."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return jsonable(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -1,0 +1,68 @@
+"""`papers` lists the 33 systems with their true status; `reproduce` measures one of them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from headwise.cli import common
+
+STYLES = {"works": "[green]works[/]", "partial": "[yellow]partial[/]", "planned": "[dim]planned[/]"}
+
+
+def papers(json: Annotated[bool, typer.Option("--json", help="Print the rows as one JSON list.")] = False) -> None:
+    """List the 33 systems in scope: what works, what is partial, what is planned.
+
+    Example: headwise papers --json
+    """
+    from headwise.papers import rows
+
+    if json:
+        import json as json_format
+
+        print(json_format.dumps([row.to_dict() for row in rows()], ensure_ascii=False, indent=1))
+        return
+    from rich.table import Table
+
+    table = Table(box=None, expand=True)
+    for column in ("", "name", "verb", "status"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("system", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("measured here")
+    for row in rows():
+        record = row.record if row.paper else None
+        when = f"{record.environment.get('date', '?')}, {record.scale}" if record else ""
+        measured = f"{'holds' if record.holds else 'does not hold'} ({when})" if record else ""
+        table.add_row(row.id, row.slug, row.verb, STYLES[row.status], row.title, measured)
+    common.say({}, False, table)
+
+
+def reproduce(
+    name: Annotated[str, typer.Argument(help="Name or number of the paper, see: headwise papers")],
+    scale: Annotated[Literal["cpu", "gpu"], typer.Option("--scale", help="cpu: minutes. gpu: the larger run.")] = "cpu",
+    seed: common.Seed = 0,
+    record: Annotated[bool, typer.Option("--record", help="Keep the run as the one that the papers table shows.")] = False,
+    progress: common.Progress = None,
+    json: common.Json = False,
+) -> None:
+    """Measure a paper's claim with this library. Exit code 1 if the numbers do not bear it out.
+
+    Example: headwise reproduce retrieval-head
+    """
+    from headwise.errors import TaskError
+    from headwise.papers import row
+    from headwise.papers.catalogue import RECORDS
+
+    chosen = row(name)
+    if chosen.reproduce is None:
+        raise TaskError(f"{chosen.slug} ({chosen.id}) is planned: there is nothing to reproduce yet; see headwise papers")
+    result = chosen.reproduce(scale, seed=seed, progress=common.show_progress(progress, json))
+    if record:
+        RECORDS.mkdir(exist_ok=True)
+        Path(RECORDS / f"{chosen.slug}.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    numbers = [f"  {name:<40}{value:12.5g}" for name, value in result.metrics.items()]
+    numbers += [f"  {name + ' (baseline)':<40}{value:12.5g}" for name, value in result.baselines.items()]
+    checks = [f"  {'yes' if check not in result.failed() else 'NO ':<5}{check}" for check in result.checks]
+    verdict = f"{'holds' if result.holds else 'does not hold'} ({result.seconds:.0f} s, scale {result.scale})"
+    common.say(result.to_dict(), json, "\n".join([result.claim, *numbers, *checks, verdict]))
+    raise typer.Exit(0 if result.holds else 1)

@@ -1,0 +1,179 @@
+"""Commands that use what the others made: `models`, `generate`, `eval`, `demo`."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headwise.cli import common
+
+TASKS = ("passkey", "needle", "perplexity")
+
+
+def models(json: common.Json = False) -> None:
+    """List the models that come bundled and load without a network.
+
+    Example: headwise models
+    """
+    from rich.table import Table
+
+    from headwise.hub import available_models
+
+    table = Table("name", "what it is", box=None)
+    for name, line in available_models():
+        table.add_row(name, line)
+    common.say({"models": dict(available_models())}, json, table)
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue; '-' reads standard input.")],
+    model: common.Model = "smollm2",
+    plan: common.PlanFile = None,
+    edits: common.EditsFile = None,
+    router: common.RouterFolder = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="At most so many tokens.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat/--plain", help="Wrap the prompt in the model's chat template.")] = False,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
+    seed: common.Seed = 0,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    json: common.Json = False,
+) -> None:
+    """Generate text, under a KV plan, edits of heads or a router of heads.
+
+    Example: headwise generate --plan plan.json --prompt "The capital of France is"
+    """
+    import torch
+
+    if prompt == "-":
+        prompt = typer.get_text_stream("stdin").read()
+    loaded, tokenizer = common.load(model, dtype, device)
+    inputs = _encode(common.tokenizer_of(model, tokenizer), prompt, chat).to(loaded.device)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    with common.attached(loaded, plan, edits, router), torch.no_grad():
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        out = loaded.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **sampling)
+        seconds = time.perf_counter() - start
+    new = out.sequences[0, inputs["input_ids"].shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    data = {
+        "prompt": prompt,
+        "text": text,
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "new_tokens": len(new),
+        "seconds": round(seconds, 3),
+        "cache_bytes": cache_bytes(out.past_key_values),
+    }
+    common.say(data, json, text)
+    if not json:
+        summary = f"{len(new)} tokens in {seconds:.1f} s, KV cache {data['cache_bytes'] / 2**20:.2f} MiB"
+        typer.secho(summary, err=True, dim=True)
+
+
+def evaluate(
+    model: common.Model = "smollm2",
+    plan: common.PlanFile = None,
+    edits: common.EditsFile = None,
+    router: common.RouterFolder = None,
+    task: Annotated[str, typer.Option("--task", "-t", help=f"One or more of {', '.join(TASKS)}, split by commas.")] = "passkey",
+    length: Annotated[int, typer.Option("--length", help="Tokens of each prompt, and of each window of text.")] = 1024,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts of each recall task.")] = 8,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of text for the perplexity.")] = 4096,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts in one forward.")] = 1,
+    seed: common.Seed = 0,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    progress: common.Progress = None,
+    json: common.Json = False,
+) -> None:
+    """Measure recall and perplexity. Under a plan, everything is read through its cache, as `generate` would.
+
+    Example: headwise eval --plan plan.json --task passkey,perplexity
+    """
+    tasks = _tasks(task)
+    loaded, tokenizer = common.load(model, dtype, device)
+    tokenizer = common.tokenizer_of(model, tokenizer)
+    shown = common.show_progress(progress, json)
+    results: dict[str, Any] = {}
+    how = {"batch_size": batch_size, "progress": shown, "through": "cache" if plan else "one-forward"}
+    with common.attached(loaded, plan, edits, router):
+        for name in tasks:
+            if name == "perplexity":
+                results[name] = _perplexity(loaded, tokenizer, length, tokens, how)
+            else:
+                results[name] = _recall(name, loaded, tokenizer, length, prompts, seed, how)
+    data = {"model": model, "plan": plan, "edits": edits, "router": router, "length": length}
+    data["tasks"] = {name: r if isinstance(r, float) else r.to_dict() for name, r in results.items()}  # type: ignore[assignment]
+    lines = (f"{name:<12}{r:.3f}" if isinstance(r, float) else f"{name:<12}{r}" for name, r in results.items())
+    common.say(data, json, "\n".join(lines))
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report.")] = Path("report"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts: a first look in a fraction of the time.")] = False,
+    progress: common.Progress = None,
+) -> None:
+    """The whole story on a real language model: score, ablate, plan, generate, convert. Ends in report.html.
+
+    Example: headwise demo --out report
+    """
+    from headwise.report.demo import run
+
+    run(out, quick=quick, progress=common.show_progress(progress, as_json=False))
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the tensors that a KV cache holds."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes)
+    held = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    return sum(t.nbytes for t in held if t is not None)
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    from headwise.errors import TaskError
+
+    if chat and not tokenizer.chat_template:
+        raise TaskError("this model has no chat template; leave --chat out")
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise TaskError("the prompt is empty")
+    return inputs
+
+
+def _tasks(text: str) -> list[str]:
+    from headwise.errors import TaskError
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names:
+        raise TaskError(f"no task is called {', '.join(unknown) or repr(text)}; there are {', '.join(TASKS)}")
+    return names
+
+
+def _recall(name: str, model: Any, tokenizer: Any, length: int, count: int, seed: int, how: dict[str, Any]) -> Any:
+    import torch
+
+    from headwise.tasks.evaluate import exact_match
+    from headwise.tasks.needle import make_needles
+    from headwise.tasks.passkey import make_passkeys
+
+    make = {"passkey": make_passkeys, "needle": make_needles}[name]
+    made = make(tokenizer, count=count, length=length, generator=torch.Generator().manual_seed(seed))
+    return exact_match(model, made, **how)
+
+
+def _perplexity(model: Any, tokenizer: Any, window: int, tokens: int, how: dict[str, Any]) -> float:
+    from headwise.tasks.evaluate import perplexity
+    from headwise.tasks.texts import encode, english
+
+    ids = encode(tokenizer, english("test")[: 12 * tokens])
+    return perplexity(model, ids, window=window, tokens=tokens, **how)

@@ -1,0 +1,41 @@
+"""Every error that headwise raises on purpose. Each text names the argument, the value it had and what would be right."""
+
+
+class HeadwiseError(Exception):
+    """Base class: `except HeadwiseError` catches whatever headwise raises on purpose."""
+
+
+class UnitError(HeadwiseError, ValueError):
+    """A head, kv head or expert that does not exist, an empty set, a malformed address."""
+
+
+class PlanError(HeadwiseError, ValueError):
+    """A KV plan or pattern that makes no sense: a negative window, a budget outside its range, a wrong shape."""
+
+
+class EditError(HeadwiseError, ValueError):
+    """An edit of a head's output that makes no sense or lacks what it needs."""
+
+
+class ArtifactError(HeadwiseError, ValueError):
+    """A file that is truncated, of another schema, or holds tensors of the wrong shape or dtype."""
+
+
+class WrongModelError(HeadwiseError, ValueError):
+    """An artifact made for one model was given to another."""
+
+
+class AttachError(HeadwiseError, RuntimeError):
+    """A model that cannot be reached, or an intervention that cannot be applied where it was asked for."""
+
+
+class CacheError(HeadwiseError, RuntimeError):
+    """A cache used in a way that would lose or mix up tokens."""
+
+
+class AttentionError(HeadwiseError, ValueError):
+    """Bad input of the attention op: shapes, devices, unknown backend."""
+
+
+class TaskError(HeadwiseError, ValueError):
+    """A task, text or bundled model that is missing or cannot be built as asked for."""

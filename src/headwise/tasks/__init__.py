@@ -1,0 +1,34 @@
+"""Tasks: texts, prompts with a known answer, and the measures taken on them. No network, every draw from a generator."""
+
+from .evaluate import Result, exact_match, generate_match, perplexity, wilson, window_losses
+from .needle import NEEDLES, Needle, make_needle, make_needles
+from .passkey import make_passkey, make_passkeys
+from .passphrases import Passphrases, PassphraseSpec, context_lengths, make_passphrases
+from .prompts import Prompt, even_depths, find_span, insert_needle
+from .texts import code, english, windows
+
+__all__ = [
+    "NEEDLES",
+    "Needle",
+    "Passphrases",
+    "PassphraseSpec",
+    "Prompt",
+    "Result",
+    "code",
+    "context_lengths",
+    "english",
+    "even_depths",
+    "exact_match",
+    "find_span",
+    "generate_match",
+    "insert_needle",
+    "make_needle",
+    "make_needles",
+    "make_passkey",
+    "make_passkeys",
+    "make_passphrases",
+    "perplexity",
+    "wilson",
+    "window_losses",
+    "windows",
+]
