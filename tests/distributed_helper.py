@@ -1,7 +1,8 @@
 """Run a function on several gloo ranks of this machine: `run_distributed(check_ring, 2, 1024)`.
 
-The function must be importable (top level of a test module); it is called as `function(rank, world_size, *args)` in a process of its own, with the
-default group set up through a file, so no port is needed. Whatever a rank raises is raised here, with the rank and its traceback.
+The function must be importable (top level of a test module); it is called as `function(rank, world_size, *args)` in a
+process of its own, with the default group set up through a file, so no port is needed. Whatever a rank raises is raised
+here, with the rank and its traceback.
 """
 
 import tempfile

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_helper import RankError, run_distributed
 
 import headwise
+from distributed_helper import RankError, run_distributed
 
 HOME = Path(__file__).parents[1]
 OPTIONAL = {"triton", "timm", "diffusers", "plotly", "gguf", "PIL", "torchvision"}

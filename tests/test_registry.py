@@ -36,6 +36,16 @@ def test_registering_returns_the_function_and_keeps_its_summary(empty):
     assert method.options["tests"].annotation is int
 
 
+def test_types_that_only_a_type_checker_imports_stay_text(empty):
+    def typed(model: "Unknown", tokenizer: "Unknown", *, text: "Unknown | None" = None, count: "int" = 1) -> "Unknown":  # noqa: F821
+        """Typed."""
+
+    register("score", "typed")(typed)
+    options = get("score", "typed").options
+    assert options["text"].annotation == "Unknown | None"
+    assert options["count"].annotation is int
+
+
 def test_methods_are_sorted_and_filtered_by_verb(empty):
     for name in ("b", "a"):
         register("score", name)(_renamed(scorer, name))

@@ -24,7 +24,7 @@ PLAIN = st.recursive(
 TEXTS = st.dictionaries(st.text().filter(lambda key: key not in ("headwise", "schema")), PLAIN, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(payload=TEXTS)
 def test_json_round_trip(tmp_path_factory, payload):
     path = tmp_path_factory.getbasetemp() / "round.json"

@@ -26,7 +26,7 @@ def head_sets(draw, kind="head", layers=L, units=H):
 
 
 def tables(values=None):
-    values = values or st.floats(-100, 100, width=32)
+    values = st.floats(-100, 100, width=32) if values is None else values
     row = st.lists(values, min_size=H, max_size=H)
     return st.lists(row, min_size=L, max_size=L).map(lambda rows: HeadScores(values=torch.tensor(rows), method="m"))
 
@@ -149,6 +149,9 @@ def test_malformed_pairs_weights_masks():
         lambda: HeadSet.of([(1, 2)], weights=[1.0, 2.0]),
         lambda: HeadSet.of([(1, 2)], weights=[math.nan]),
         lambda: HeadSet.of([(1, 2, 3)]),
+        lambda: HeadSet.of([1, 2]),
+        lambda: HeadSet.of(3),
+        lambda: HeadSet.parse("L9H0").save("unused", fingerprint=MODEL),
         lambda: HeadSet.of([(1, -2)]),
         lambda: HeadSet.of([(1.0, 2)]),
         lambda: HeadSet.of([(1, 2), (1, 2)]),

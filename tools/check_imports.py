@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = "headwise"
 VERBS = ("route", "score", "budget", "steer", "scale")
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "callable_module"),
     ("checks", "registry", "storage", "addresses", "units", "patterns", "plan", "selection", "edits"),
     ("attention", "cache", "attach", "hub", "models", "tasks"),
     VERBS,

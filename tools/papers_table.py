@@ -30,7 +30,8 @@ def page(table: list[Row]) -> str:
     parts = [
         "# The 33 systems",
         f"{BEGIN}\n",
-        f"{len(table)} systems: {counts}. **works** means: the API imports, and the recorded run of `headwise reproduce` bears out the claim.\n",
+        f"{len(table)} systems: {counts}. **works** means: the API imports, and the recorded run of `headwise reproduce` "
+        "bears out the claim.\n",
         short_table(table),
     ]
     parts += [section(r) for r in table if r.paper]

@@ -7,7 +7,7 @@ import math
 import torch
 from measure import D, H, K, dense, dense_flops, graph_milliseconds, milliseconds, qkv, relative, step
 
-from headwise.attention.triton import plan_splits, ragged_decode, routed_attention, span_attention
+from headwise.attention.triton import block_attention, plan_splits, ragged_decode, routed_attention, span_attention
 
 
 def reference(q, k, v, mask):
@@ -155,20 +155,69 @@ def decode_lengths(quick: bool):
         yield "full_8k_B32", torch.full((32, K), 8192, dtype=torch.long, device="cuda")
 
 
-def decode(quick: bool, roof: dict, variants=((64, 2), (64, 4), (128, 2), (128, 1), (32, 4))):
-    """Decode step in a CUDA graph, plan outside (it is shared by the layers) and inside."""
+def decode(quick: bool, roof: dict, variants=((64, 2), (64, 3), (128, 1))):
+    """One decode step over several layers, each with its own keys, in one CUDA graph with one plan; time per layer."""
     for name, lengths in decode_lengths(quick):
-        q, k, v, pointers, lengths32, size = decode_inputs(lengths)
+        size = 4 * D * int(lengths.sum())
+        layers = [decode_inputs(lengths) for _ in range(max(2, min(8, int(8e9 / size))))]
+        lengths32 = layers[0][4]
         rows = []
         for block, per_sm in variants:
             programs = per_sm * torch.cuda.get_device_properties(0).multi_processor_count
-            plan = plan_splits(lengths32, block=block, programs=programs)
-            ms = graph_milliseconds(lambda: ragged_decode(q, *pointers, lengths32, plan=plan))
-            rows.append({"case": name, "block": block, "per_sm": per_sm, "us": ms * 1e3, "tbs": size / ms / 1e9, "of_copy": size / ms / 1e9 / roof["copy_tbs"]})
-        with_plan = graph_milliseconds(lambda: ragged_decode(q, *pointers, lengths32))
-        rows.append({"case": name, "with_plan_us": with_plan * 1e3})
+
+            def run(block=block, programs=programs):
+                plan = plan_splits(lengths32, block=block, programs=programs)
+                return [ragged_decode(q, *pointers, lengths32, plan=plan) for q, _, _, pointers, _, _ in layers]
+
+            ms = graph_milliseconds(run) / len(layers)
+            rows.append({"case": name, "block": block, "per_sm": per_sm, "layers": len(layers), "us": ms * 1e3,
+                         "tbs": size / ms / 1e9, "of_copy": size / ms / 1e9 / roof["copy_tbs"]})
         yield rows
 
 
-GATES = {"routed": routed_gate, "spans": spans_gate, "decode": decode_gate}
-SECTIONS = {"routed": routed, "spans": spans, "decode": decode}
+def block_lists(N: int, block: int, density: float) -> torch.Tensor:
+    """(1,K,C,E): a share of the visible blocks of every query block, its own block always, the others at random."""
+    C = N // block
+    scores = torch.rand(1, K, C, C, device="cuda")
+    at = torch.arange(C, device="cuda")
+    scores = scores.masked_fill(at > at[:, None], -1.0)
+    scores[..., at, at] = 2.0
+    entries = max(1, math.ceil(C * density))
+    top = scores.topk(entries, dim=-1).indices.int()
+    wanted = (torch.arange(1, C + 1, device="cuda") * density).ceil()[:, None]
+    return torch.where(torch.arange(entries, device="cuda") < wanted, top, -1).contiguous()
+
+
+def blocks_gate() -> dict[str, float]:
+    """1088 tokens, blocks of 64, a quarter of the visible blocks."""
+    N = 1088
+    leaves = qkv(1, N, grad=True)
+    lists = block_lists(N, 64, 0.25)
+    mask = torch.zeros(1, K, N // 64, N // 64 + 1, dtype=torch.bool, device="cuda")
+    mask.scatter_(3, torch.where(lists < 0, N // 64, lists).long(), True)
+    mask = mask[..., :-1].repeat_interleave(64, 2).repeat_interleave(64, 3).repeat_interleave(H // K, 1) & lower(N)
+    run = lambda q, k, v: block_attention(q, k, v, lists, block_size=64)
+    return compare(run, lambda q, k, v: reference(q, k, v, mask), leaves)
+
+
+def blocks(quick: bool, roof: dict):
+    """Selected blocks at 1/8 of the visible blocks; ideal = dense cuDNN time times the share of block pairs kept."""
+    for N in [32768] if quick else [4096, 8192, 16384, 32768]:
+        q, k, v = qkv(1, N, grad=True)
+        with torch.no_grad():
+            base = milliseconds(lambda: dense(q, k, v))
+        base_step = milliseconds(step(lambda: dense(q, k, v), [q, k, v]))
+        rows = []
+        for block in (64,) if quick else (32, 64, 128):
+            lists = block_lists(N, block, 0.125)
+            share = (lists >= 0).sum().item() / (K * (N // block) * (N // block + 1) / 2)
+            with torch.no_grad():
+                ms = milliseconds(lambda: block_attention(q, k, v, lists, block_size=block))
+            both = milliseconds(step(lambda: block_attention(q, k, v, lists, block_size=block), [q, k, v]))
+            rows.append({"N": N, "block": block, "share": share, "ms": ms, "vs_cudnn": base / ms, "of_ideal": base * share / ms,
+                         "tflops": share * dense_flops(1, N) / ms / 1e9, "fwd_bwd_ms": both, "fwd_bwd_vs_cudnn": base_step / both})
+        yield rows
+
+
+GATES = {"routed": routed_gate, "spans": spans_gate, "decode": decode_gate, "blocks": blocks_gate}
+SECTIONS = {"routed": routed, "spans": spans, "decode": decode, "blocks": blocks}

@@ -95,6 +95,7 @@ LlamaForCausalLM (30 layers, 9 heads, 3 kv heads): config_hash is '3f2a' there, 
                 )
 
     def to_dict(self) -> dict[str, Any]:
+        """The fingerprint as plain values."""
         return asdict(self)
 
     @classmethod
@@ -163,6 +164,7 @@ class HeadSet:
 
     @classmethod
     def empty(cls, kind: Kind = "head") -> "HeadSet":
+        """The set of no units, which has no text."""
         return cls(kind)
 
     @classmethod
@@ -188,9 +190,10 @@ class HeadSet:
         cls, pairs: Iterable[tuple[int, int]], kind: Kind = "head", weights: Sequence[float] | None = None
     ) -> "HeadSet":
         """The set of these (layer, index) pairs, with one weight each."""
-        pairs = list(pairs)
-        if any(len(pair) != 2 for pair in pairs):
-            raise UnitError("each pair must be (layer, index)")
+        try:
+            pairs = [(layer, index) for layer, index in pairs]
+        except (TypeError, ValueError):
+            raise UnitError("pairs must be a sequence of (layer, index)") from None
         weights = [1.0] * len(pairs) if weights is None else list(weights)
         if len(weights) != len(pairs):
             raise UnitError(f"{len(pairs)} units but {len(weights)} weights; give one weight a unit")
@@ -325,6 +328,8 @@ class HeadSet:
 
     def save(self, path: StrPath, *, fingerprint: Fingerprint | None = None) -> None:
         """Write a safetensors file: `units` (S, 2) int64, `weights` (S,) float64, for S units."""
+        if fingerprint:
+            self.check(fingerprint)
         tensors = {
             "units": torch.tensor(self.pairs(), dtype=torch.int64).reshape(-1, 2),
             "weights": torch.tensor(self.weights(), dtype=torch.float64),

@@ -33,13 +33,29 @@ class HeadwiseCache(Cache):
 
     def __init__(self, plan: HeadPlan):
         self.plan = plan
-        layers = [HeadwiseLayer(plan.groups(layer), dense_prefill=plan.prefill == "dense") for layer in range(plan.layers)]
+        layers = [
+            HeadwiseLayer(plan.groups(layer), dense_prefill=plan.prefill == "dense") for layer in range(plan.layers)
+        ]
         super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all allocated tensors: keys, values, slot positions, compensation tokens."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def fill(self, k: Tensor, v: Tensor) -> HeadwiseCache:
+        """As if a prompt had been read whose keys and values are k, v (B, K, T, D) in every layer; returns the cache itself.
+
+        For measurements: memory and the time of a decode step at T tokens, without running the prompt.
+
+        >>> cache = HeadwiseCache(HeadPlan.full(layers=2, kv_heads=2)).fill(torch.ones(1, 2, 8, 4), torch.ones(1, 2, 8, 4))
+        >>> cache.nbytes, cache.get_seq_length()
+        (1024, 8)
+        """
+        for layer in self.layers:
+            layer.update(k, v)
+            layer.take(None)
+        return self
 
     def layer_bytes(self) -> list[int]:
         """Allocated bytes, one number a layer."""
@@ -84,7 +100,9 @@ class HeadwiseLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Hand over keys and values (B, K, N, D) of N new columns; they are stored by `take`."""
         if self.pending is not None:
             raise CacheError(
@@ -92,7 +110,9 @@ class HeadwiseLayer(CacheLayerMixin):
                 "Use it inside `with headwise.attach(model, plan=plan):`"
             )
         if key_states.shape[1] != self.kv_heads:
-            raise CacheError(f"this cache holds {self.kv_heads} kv heads a layer, the model gives {key_states.shape[1]}")
+            raise CacheError(
+                f"this cache holds {self.kv_heads} kv heads a layer, the model gives {key_states.shape[1]}"
+            )
         if self.seen and key_states.shape[0] != self.batch_size:
             raise CacheError(
                 f"this cache holds a batch of {self.batch_size} rows and {self.seen} tokens; it was given a batch of "
@@ -106,12 +126,12 @@ class HeadwiseLayer(CacheLayerMixin):
     def take(self, start: Tensor | None) -> tuple[list[KVGroup], int, Tensor | None]:
         """Store the pending columns; return (groups to read, columns before the queries, start of the rows).
 
-        `start` (B,) is the first real column of each row, None without padding; only the first call's is kept.
+        `start` (B,) is the first real column of each row, None without padding; it is read while `needs_start`.
         """
         if self.pending is None:
             raise CacheError("nothing to read: the model did not update this layer in this forward pass")
         (k, v), self.pending = self.pending, None
-        if self.seen == 0:
+        if self.seen == 0 or (start is not None and self.needs_start):
             self.start = start
             self.rows = [0] * k.shape[0] if start is None else [int(s) for s in start.tolist()]
         offset, N = self.seen, k.shape[2]
@@ -122,6 +142,11 @@ class HeadwiseLayer(CacheLayerMixin):
             part = (k, v) if len(heads) == self.kv_heads else (k[:, heads], v[:, heads])
             groups.append(store.extend(*part, Columns(offset, N, self.start, self.rows), keep_all=self.record_past))
         return groups, offset, self.start
+
+    @property
+    def needs_start(self) -> bool:
+        """Is there a row of which nothing but padding was seen so far (a chunk of a padded prompt)?"""
+        return self.seen == 0 or max(self.rows) >= self.seen
 
     @property
     def nbytes(self) -> int:
@@ -151,7 +176,12 @@ class HeadwiseLayer(CacheLayerMixin):
         return -1
 
     def activate_past_recording(self) -> None:
-        """Drop nothing until `crop` is called, so that rejected draft tokens can be taken back exactly."""
+        """Drop nothing until `crop` is called, so that rejected draft tokens can be taken back exactly.
+
+        Raises CacheError for patterns by which a chunk reads other tokens than one token at a time would.
+        """
+        for store in self.stores:
+            store.must_take_back()
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -247,6 +277,9 @@ class Store:
         """Store new columns (B, Kg, N, D) and return what their queries read."""
         raise NotImplementedError
 
+    def must_take_back(self) -> None:
+        """Raises CacheError if draft tokens, read in chunks, would not be read as one by one."""
+
     def crop(self, left: Columns | None, count: int) -> None:
         """Take back the last `count` columns; `left` describes what remains."""
         raise NotImplementedError
@@ -306,7 +339,10 @@ class WindowStore(Store):
         super().reset()
         self.positions: Tensor | None = None  # (1 or B, S) int32
         self.folded: tuple[Tensor, Tensor, Tensor] | None = None  # k, v (B, Kg, D) float32; count (B, 1) float32
-        self.frozen: list[int] | None = None  # a growing buffer keeps what it held after prefill, and all that follows
+        self.edge: list[int] | None = None  # first position of each row's window after the last chunk of a prompt
+        self.frozen: list[int] | None = (
+            None  # a growing buffer keeps what it held after the prompt, and all that follows
+        )
 
     def tensors(self) -> list[Tensor]:
         """Keys, values, positions, compensation."""
@@ -314,7 +350,12 @@ class WindowStore(Store):
         return super().tensors() + extra + (list(self.folded) if self.folded else [])
 
     def extend(self, k: Tensor, v: Tensor, new: Columns, *, keep_all: bool) -> KVGroup:
-        """One token replaces the one that leaves; a chunk is read together with the store and then compressed."""
+        """One token replaces the one that leaves; a chunk is read together with the store and then compressed.
+
+        The prompt, which may come in chunks, ends with the first token that comes alone.
+        """
+        if self.pattern.grows and new.count == 1 and self.frozen is None:
+            self.frozen = self.edge
         if new.count == 1 and self.k is not None and not keep_all and self.slots == self._room(new):
             self._replace_oldest(k, v, new)
             return self._view(new, chunk=0)
@@ -354,14 +395,16 @@ class WindowStore(Store):
     def _keep(self, new: Columns) -> Tensor:
         """Which slots stay, (1 or B, S) bool."""
         assert self.positions is not None
-        lengths = new.lengths()
-        if self.pattern.grows and self.frozen is None and new.count > 1:
-            self.frozen = [n - self.pattern.window(n) for n in lengths]
-        first = self.frozen or [n - self.pattern.window(n) for n in lengths]
+        first = self.frozen or self._edges(new)
+        self.edge = first
         first = first[:1] if self.positions.shape[0] == 1 else first
         edge = torch.tensor(first, device=self.positions.device, dtype=torch.int32)[:, None]
         real = self.positions >= 0
         return real & ((self.positions < self.pattern.sinks) | (self.positions >= edge))
+
+    def _edges(self, new: Columns) -> list[int]:
+        """First position of each row's window after the new columns."""
+        return [n - self.pattern.window(n) for n in new.lengths()]
 
     def _room(self, new: Columns) -> int:
         """Slots that the longest row needs after the new columns."""
@@ -387,13 +430,12 @@ class WindowStore(Store):
         self.k, self.v = _take(self.k, order), _take(self.v, order)
 
     def _replace_oldest(self, k: Tensor, v: Tensor, new: Columns) -> None:
-        """The new token takes the slot of the token that leaves the window, or an empty one."""
+        """The new token takes the slot of the token that leaves the window, or, in a row that none leaves, an empty one."""
         assert self.k is not None and self.v is not None and self.positions is not None
-        movable = self.positions.masked_fill((self.positions >= 0) & (self.positions < self.pattern.sinks), 2**31 - 1)
-        slot = movable.argmin(dim=1, keepdim=True)  # (1 or B, 1)
+        leaving = (self.positions >= 0) & ~self._keep(new)
+        slot = (leaving.to(torch.int8) * 2 + (self.positions < 0)).argmax(dim=1, keepdim=True)  # (1 or B, 1)
         if self.pattern.compensated:
-            leaving = torch.zeros_like(self.positions, dtype=torch.bool).scatter_(1, slot, True)
-            self._fold(leaving & (self.positions >= 0))
+            self._fold(leaving)
         self.positions.scatter_(1, slot, new.positions(k.device))
         index = slot[:, None, :, None].expand(k.shape[0], k.shape[1], 1, k.shape[3])
         self.k.scatter_(2, index, k)
@@ -419,6 +461,14 @@ class WindowStore(Store):
         count = n if self.pattern.compensation == "count" else n.clamp(max=1)
         return Compensation(k=k_hat, v=v_hat, log_count=count.log().expand(-1, k_hat.shape[1]))
 
+    def must_take_back(self) -> None:
+        """Refuses a dense prefill, whose chunks read all that is kept, and windows that are cut once."""
+        if self.dense_prefill or self.pattern.grows:
+            raise CacheError(
+                f"{self.pattern} with {'dense' if self.dense_prefill else 'masked'} prefill reads a chunk of draft tokens otherwise than "
+                "one token at a time: assisted generation needs a plan with prefill='masked' and without +grow"
+            )
+
     def crop(self, left: Columns | None, count: int) -> None:
         """Take back the last columns. Exact while they are recorded, or while nothing has left the window."""
         if left is None or self.positions is None or self.k is None or self.v is None:
@@ -428,7 +478,8 @@ class WindowStore(Store):
         if lost and not self._holds_all(left):
             raise CacheError(
                 f"crop(-{count}): {self.pattern} has already dropped tokens that would be visible again; call "
-                "activate_past_recording() before the tokens to take back (assisted generation does)"
+                "activate_past_recording() before the tokens to take back: assisted generation does so for the cache "
+                "that it is given as past_key_values=HeadwiseCache(plan)"
             )
         ends = ends[:1] if self.positions.shape[0] == 1 else ends
         limit = torch.tensor(ends, device=self.positions.device, dtype=torch.int32)[:, None]
@@ -458,6 +509,8 @@ class WindowStore(Store):
             self.folded = tuple(t.index_select(0, at) for t in self.folded)  # type: ignore[assignment]
         if self.frozen is not None:
             self.frozen = [self.frozen[i] for i in index.tolist()]
+        if self.edge is not None:
+            self.edge = [self.edge[i] for i in index.tolist()]
 
 
 def _owns(x: Tensor) -> bool:

@@ -43,6 +43,7 @@ __all__ = ["Edit", "HeadEdits", "KeyGroup", "Op", "Phase", "TokenSelection"]
 Op = Literal["zero", "scale", "uniform", "replace", "mix_v", "mix_uniform", "mix_vector", "patch", "reweight", "move"]
 Phase = Literal["all", "prefill", "decode"]
 Tokens = TokenSelection | str | int | slice | range | Iterable[int]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NDIM = {"replace": 2, "mix_vector": 2, "patch": 4}  # dimensions of the tensor of the ops that have one
 
 
@@ -118,8 +119,10 @@ class Edit:
             raise EditError(
                 f"op {self.op!r} needs a tensor {wanted} with U = {len(self.units)}, one entry a unit; got {shape}"
             )
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise EditError(f"the tensor of op {self.op!r} must hold finite floating point numbers; got {tensor.dtype}")
+        if tensor.dtype not in FLOATS or not tensor.isfinite().all():
+            raise EditError(
+                f"the tensor of op {self.op!r} must hold finite numbers of 16 to 64 bits; got {tensor.dtype}"
+            )
 
     def _check_keys(self) -> None:
         most = {"reweight": 64, "move": 2}.get(self.op, 0)
@@ -327,10 +330,9 @@ class HeadEdits:
         if not patches and any(edit.op == "patch" for edit in self.edits):
             raise EditError("an edit 'patch' holds outputs of another run; pass patches=True to write them too")
         tensors = {f"edit{place}": edit.tensor for place, edit in enumerate(self.edits) if edit.tensor is not None}
+        names = [None if edit.tensor is None else f"edit{place}" for place, edit in enumerate(self.edits)]
         payload: dict[str, Any] = {
-            "edits": [
-                edit._to_dict(None if edit.tensor is None else f"edit{place}") for place, edit in enumerate(self.edits)
-            ],
+            "edits": [edit._to_dict(name) for edit, name in zip(self.edits, names, strict=True)],
             "fingerprint": self.fingerprint and self.fingerprint.to_dict(),
             "method": self.method,
             "meta": self.meta,
@@ -346,9 +348,8 @@ class HeadEdits:
             rows = storage.field(payload, "edits", list)
             if not all(isinstance(row, dict) and isinstance(row.get("tensor"), str | None) for row in rows):
                 raise ArtifactError("'edits' must be a list of objects, each with the name of a tensor or null")
-            expect = {
-                row["tensor"]: (None, NDIM.get(str(row.get("op")), 0)) for row in rows if row.get("tensor") is not None
-            }
+            named = [row for row in rows if row.get("tensor") is not None]
+            expect = {row["tensor"]: (None, NDIM.get(str(row.get("op")), 0)) for row in named}
         tensors = _read_beside(_beside(path), expect, payload.get("tensors"))
         with decoding(path):
             return cls(
@@ -395,7 +396,5 @@ def _read_beside(path: Path, expect: storage.Expect, digest: Any) -> dict[str, T
         return {}
     tensors, _ = storage.read_tensors(path, "head-edits", 1, expect)
     if storage.digest(path) != digest:
-        raise ArtifactError(
-            f"{str(path)!r} belongs to another list of edits; copy both files of the pair, or save it again"
-        )
+        raise ArtifactError(f"{str(path)!r} belongs to another list of edits; copy both files, or save it again")
     return tensors

@@ -13,6 +13,10 @@ class PlanError(HeadwiseError, ValueError):
     """A KV plan or pattern that makes no sense: a negative window, a budget outside its range, a wrong shape."""
 
 
+class ScoreError(HeadwiseError, ValueError):
+    """An option of a scoring method that makes no sense: no prompts, a gate outside [0, 1], a text shorter than the window."""
+
+
 class EditError(HeadwiseError, ValueError):
     """An edit of a head's output that makes no sense or lacks what it needs."""
 
@@ -39,3 +43,7 @@ class AttentionError(HeadwiseError, ValueError):
 
 class TaskError(HeadwiseError, ValueError):
     """A task, text or bundled model that is missing or cannot be built as asked for."""
+
+
+class RouteError(HeadwiseError, ValueError):
+    """A router of heads that makes no sense: head counts that do not add up, a share outside its range, a missing score."""

@@ -27,7 +27,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -77,9 +77,13 @@ class Method:
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
-        """Keyword-only parameters by name, annotations evaluated."""
-        parameters = inspect.signature(self.function, eval_str=True).parameters
-        return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        """Keyword-only parameters by name; annotations are types, or text where they name what is imported for type checkers only."""
+        parameters = inspect.signature(self.function).parameters
+        return {
+            name: p.replace(annotation=_evaluated(p.annotation, self.function))
+            for name, p in parameters.items()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
 
 
 _methods: dict[tuple[str, str], Method] = {}
@@ -119,11 +123,15 @@ def get(verb: str, name: str) -> Method:
     load_all()
     found = _methods.get((verb, name))
     if found is None:
-        names = sorted(n for v, n in _methods if v == verb)
-        close = difflib.get_close_matches(name, names, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(names) or 'none'}"
-        raise MethodError(f"no {verb} method is called {name!r}; {hint}")
+        raise unknown(f"{verb} method", name, sorted(n for v, n in _methods if v == verb))
     return found
+
+
+def unknown(what: str, name: str, names: Sequence[str]) -> MethodError:
+    """The error for a name that is not among `names`: it lists close ones, or all."""
+    close = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(names) or 'none'}"
+    return MethodError(f"no {what} is called {name!r}; {hint}")
 
 
 @cache
@@ -137,8 +145,9 @@ def load_all() -> None:
 def expose(package: str) -> None:
     """Import the method files of a verb's package and put each function they register into the package's namespace.
 
-    The one line that a verb's `__init__.py` needs, so that `headwise.score.retrieval(model, …)` works without a list kept by hand. It has to
-    run when the package is imported: a later first import of a file would put the module where the function belongs.
+    The one line that a verb's `__init__.py` needs, `registry.expose(__name__)`, so that `headwise.score.retrieval(model, …)`
+    works without a list kept by hand. It has to run when the package is imported: a later first import of a file would put
+    the module where the function belongs.
     """
     namespace = importlib.import_module(package).__dict__
     for module in method_modules(package.rpartition(".")[2]):
@@ -174,6 +183,15 @@ def _known_verb(verb: str) -> None:
 
 def _source(function: Callable[..., Any]) -> str:
     return f"{function.__module__}.{function.__qualname__}"
+
+
+def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, getattr(inspect.unwrap(function), "__globals__", {}))
+    except NameError:
+        return annotation
 
 
 def _check(method: Method) -> None:

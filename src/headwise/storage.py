@@ -57,6 +57,20 @@ def write_plain_json(path: StrPath, payload: Mapping[str, Any]) -> None:
     _write(path, data)
 
 
+def write_text(path: StrPath, text: str) -> None:
+    """Write UTF-8 text, complete or not at all, for the file formats of others. Raises ArtifactError."""
+    _write(path, text.encode())
+
+
+def read_text(path: StrPath) -> str:
+    """UTF-8 text of at most `MAX_JSON_BYTES`. Raises ArtifactError."""
+    _check_file(path, MAX_JSON_BYTES)
+    try:
+        return Path(path).read_bytes().decode()
+    except (OSError, ValueError) as error:
+        _refuse(path, f"is not UTF-8 text ({_line(error)})")
+
+
 def read_json(path: StrPath, kind: str, version: int) -> dict[str, Any]:
     """The payload that `write_json` wrote, without its kind and schema.
 

@@ -244,7 +244,7 @@ class HeadScores:
         with decoding(path):
             if len(table) != layers * heads:
                 raise UnitError(f"{len(table)} heads where {layers} × {heads} belong")
-            values = torch.zeros(shape)
+            values = torch.zeros(shape, dtype=torch.float64)
             for address, scores in table.items():
                 values[_retrieval_address(address, *shape)] = _mean_score(address, scores)
             return cls(values=values, method="retrieval", data=data)

@@ -58,7 +58,9 @@ def close(name, got, want, dtype, floor=1e-3):
 def check_gradients(run, reference, leaves, dtype, seed=0, with_lse=False):
     """Compare outputs and every gradient of run(*leaves) with reference(*float64 leaves)."""
     device = next(x.device for x in leaves if x is not None)
-    mine = [None if x is None else x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in leaves]
+    mine = [
+        None if x is None else x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in leaves
+    ]
     exact = [None if x is None else x.detach().double().cpu().requires_grad_() for x in leaves]
     got, want = run(*mine), reference(*exact)
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +96,9 @@ def make_qkv(B, H, K, N, M, D, dtype, device, seed=0, strided=False):
 
 
 def test_reference_matches_softmax():
-    q, k, v = (torch.randn(1, 2, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    q, k, v = (
+        torch.randn(1, 2, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
     i, j = positions(7, 7)
     out, lse = dense_reference(q, k, v, (j <= i)[None, None], 0.25)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25)

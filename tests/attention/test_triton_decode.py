@@ -43,8 +43,13 @@ def decode_case(B, K, G, NQ, D, dtype, top, rule, compensated, seed, device, pro
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, top + 1, (B, K), generator=generator, dtype=torch.int32)
     lengths[:, 0] = 0 if rule != "tail" else NQ
-    storages = [[tuple(torch.randn(max(int(n), 1) + 3, D, generator=generator).to(device, dtype) for _ in range(2))
-                 for n in row] for row in lengths]
+    storages = [
+        [
+            tuple(torch.randn(max(int(n), 1) + 3, D, generator=generator).to(device, dtype) for _ in range(2))
+            for n in row
+        ]
+        for row in lengths
+    ]
     for b in range(B):
         for kvh in range(K):
             for x in storages[b][kvh]:
@@ -54,9 +59,13 @@ def decode_case(B, K, G, NQ, D, dtype, top, rule, compensated, seed, device, pro
     options, seen, extra = {}, None, None
     if rule == "tail":
         lengths = lengths.clamp(min=NQ)
-        storages = [[tuple(torch.randn(int(n), D, generator=generator).to(device, dtype) for _ in range(2)) for n in row]
-                    for row in lengths]
-        pointers = [torch.tensor([[pair[i].data_ptr() for pair in row] for row in storages], device=device) for i in (0, 1)]
+        storages = [
+            [tuple(torch.randn(int(n), D, generator=generator).to(device, dtype) for _ in range(2)) for n in row]
+            for row in lengths
+        ]
+        pointers = [
+            torch.tensor([[pair[i].data_ptr() for pair in row] for row in storages], device=device) for i in (0, 1)
+        ]
         options = dict(causal_tail=True)
         seen = lambda b, kvh, n: torch.arange(n)[None, :] <= n - NQ + torch.arange(NQ)[:, None]
     if rule == "positions":

@@ -30,8 +30,17 @@ def routed_case(B, H, K, N, M, D, dtype, density, causal, gated, padded, strided
     scale = D**-0.5
 
     def run(q, k, v, gate):
-        return routed_attention(q, k, v, active.to(device), gate=gate, causal=causal, return_lse=True,
-                                key_start=None if start is None else start.to(device), deterministic=deterministic)
+        return routed_attention(
+            q,
+            k,
+            v,
+            active.to(device),
+            gate=gate,
+            causal=causal,
+            return_lse=True,
+            key_start=None if start is None else start.to(device),
+            deterministic=deterministic,
+        )
 
     def reference(q, k, v, gate):
         return dense_reference(q, k, v, mask, scale, gate, active)
@@ -52,7 +61,9 @@ def routed_case(B, H, K, N, M, D, dtype, density, causal, gated, padded, strided
     extra=st.integers(0, 300), density=st.sampled_from([0.0, 0.02, 0.25, 0.5, 1.0]), causal=st.booleans(),
     gated=st.booleans(), padded=st.booleans(), strided=st.booleans(), seed=st.integers(0, 9999), deterministic=st.booleans(),
 )  # fmt: skip
-def test_routed_matches_reference(B, heads, N, extra, D, dtype, density, causal, gated, padded, strided, seed, deterministic):
+def test_routed_matches_reference(
+    B, heads, N, extra, D, dtype, density, causal, gated, padded, strided, seed, deterministic
+):
     device = kernel_device()
     if device == "cpu":
         pytest.skip("the interpreter is too slow for this matrix; test_routed_small runs there")

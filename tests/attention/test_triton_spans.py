@@ -23,8 +23,15 @@ def span_case(B, G, N, M, D, dtype, sinks, windows, padded, strided, seed, devic
     tensors = [torch.tensor(x, dtype=torch.int32, device=device) for x in (sinks, windows)]
 
     def run(q, k, v):
-        return span_attention(q, k, v, *tensors, return_lse=True, deterministic=deterministic,
-                              key_start=None if start is None else start.to(device))
+        return span_attention(
+            q,
+            k,
+            v,
+            *tensors,
+            return_lse=True,
+            deterministic=deterministic,
+            key_start=None if start is None else start.to(device),
+        )
 
     check_gradients(run, lambda q, k, v: dense_reference(q, k, v, mask, D**-0.5), [q, k, v], dtype, seed, with_lse=True)
 

@@ -7,14 +7,15 @@ from types import TracebackType
 
 from torch import nn
 
-from headwise.attach.controller import Controller, Intervention, Observer, Router, controllers
+from headwise.attach.controller import Controller, Intervention, Observer, Router, Transform, controllers
 from headwise.attach.hook import HeadCall
 from headwise.attach.locate import Stack, find_stack, fingerprint
+from headwise.callable_module import make_callable
 from headwise.edits import Edit, HeadEdits
 from headwise.errors import AttachError
 from headwise.plan import HeadPlan
 
-__all__ = ["Attachment", "HeadCall", "Router", "Stack", "attach", "detach", "find_stack", "fingerprint"]
+__all__ = ["Attachment", "HeadCall", "Router", "Stack", "Transform", "attach", "detach", "find_stack", "fingerprint"]
 
 
 class Attachment:
@@ -51,12 +52,14 @@ def attach(
     edits: HeadEdits | Edit | Sequence[Edit] | None = None,
     router: Router | None = None,
     observers: Sequence[Observer] = (),
+    transforms: Sequence[Transform] = (),
     stack: str | None = None,
 ) -> Attachment:
-    """Apply a KV plan, head edits, a head router or observers to a transformers model, without changing its code.
+    """Apply a KV plan, head edits, a head router, observers or transforms to a transformers model, without changing its code.
 
     The model keeps its class, its weights and its own attention kernel. Attachments nest and may be detached in any
-    order; at most one plan and one router are active at a time. Raises `AttachError` if the model cannot be reached,
+    order; at most one plan and one router are active at a time. A transform `f(call, attend)` gives the head outputs
+    (B, N, H, D) of a layer in place of `attend()`; edits and observers come after it. Raises `AttachError` if the model cannot be reached,
     `WrongModelError` if an artifact belongs to another model, `UnitError` if a head does not exist; the model is then
     as it was. `stack` chooses a tower where a model has several ("text_model", "vision_model").
 
@@ -73,7 +76,7 @@ def attach(
     (True, True)
     """
     found = find_stack(model, stack)
-    intervention = Intervention(plan, _as_edits(edits), router, tuple(observers))
+    intervention = Intervention(plan, _as_edits(edits), router, tuple(observers), tuple(transforms))
     _check(model, found, stack, intervention)
     existing = [c for c in controllers(model) if c.stack.pattern == found.pattern]
     controller = existing[0] if existing else Controller(model, found)
@@ -106,8 +109,14 @@ def _as_edits(edits: HeadEdits | Edit | Sequence[Edit] | None) -> HeadEdits | No
 def _check(model: nn.Module, found: Stack, stack: str | None, wanted: Intervention) -> None:
     print_ = fingerprint(model, stack)
     if wanted.plan is not None:
+        if not isinstance(wanted.plan, HeadPlan):
+            raise AttachError(
+                f"plan is a {type(wanted.plan).__name__}; it must be a HeadPlan (HeadPlan.load reads one)"
+            )
         wanted.plan.check(print_)
     if wanted.edits is not None:
         wanted.edits.check(print_)
     if wanted.router is not None:
         wanted.router.check(print_)
+
+make_callable(__name__, "attach")

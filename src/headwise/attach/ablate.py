@@ -34,7 +34,9 @@ def ablate(
     units = HeadSet.parse(heads) if isinstance(heads, str) else heads
     if mode == "mean":
         if mean is None:
-            raise EditError("mode='mean' needs mean=, one vector per head: observe(model, 'output') on calibration text gives it")
+            raise EditError(
+                "mode='mean' needs mean=, one vector per head: observe(model, 'output') on calibration text gives it"
+            )
         return attach(model, edits=Edit.replace(units, mean, phase=phase), stack=stack)
     makers = {"zero": Edit.zero, "uniform": Edit.uniform}
     if mode not in makers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from headwise.cache import HeadwiseCache, HeadwiseLayer
 from headwise.edits import HeadEdits
 from headwise.errors import AttachError, CacheError
 from headwise.plan import HeadPlan, Pattern, SinkWindow
+from headwise.units import Fingerprint
 
 
 class LayerRouter(Protocol):
@@ -35,16 +37,29 @@ class LayerRouter(Protocol):
 
 
 class Router(Protocol):
-    """What `attach(router=...)` takes: modules per layer, and a loss to add in training."""
+    """What `attach(router=...)` takes: a module per layer (None: all gates 1), and a loss to add in training.
+
+    `attach` calls `check` and `install` before the first forward pass, and `uninstall` when the router goes or when
+    attaching fails after `install`. `install` hangs what has parameters into the model, so that optimizers and `.to()`
+    reach it, and changes nothing if it raises; `uninstall` leaves the model as it was.
+    """
 
     def for_layer(self, layer: int) -> nn.Module | None: ...
 
-    def check(self, stack: Stack) -> None: ...
+    def check(self, fingerprint: Fingerprint) -> None: ...
+
+    def install(self, model: nn.Module, stack: Stack) -> None: ...
+
+    def uninstall(self, model: nn.Module, stack: Stack) -> None: ...
 
     def loss(self) -> Tensor | None: ...
 
 
 Observer = Callable[[HeadCall, Tensor], None]
+
+Transform = Callable[[HeadCall, Callable[[], Tensor]], Tensor]
+"""What `attach(transforms=...)` takes: from the call, and a function that computes the head outputs as they would be without it,
+the head outputs (B, N, H, D) that take their place. Gradients flow through it; it need not call the function."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,7 @@ class Intervention:
     edits: HeadEdits | None = None
     router: Router | None = None
     observers: tuple[Observer, ...] = ()
+    transforms: tuple[Transform, ...] = ()
 
 
 @dataclass
@@ -70,23 +86,24 @@ class Site:
     edits: tuple[Applied, ...] = ()
     router: LayerRouter | None = None
     observers: tuple[Observer, ...] = ()
+    transforms: tuple[Transform, ...] = ()
     hidden: Tensor | None = field(default=None, repr=False)
 
     @property
     def active(self) -> bool:
         """Is there anything to do but the base attention?"""
-        return bool(self.patterns or self.edits or self.router or self.observers)
+        return bool(self.patterns or self.edits or self.router or self.observers or self.transforms)
 
     def run(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, object]
     ) -> tuple[Tensor, Tensor | None]:
         """One attention call with everything that is attached to this layer."""
-        call = HeadCall(self, module, q, k, v, mask, options, past=k.shape[2] - q.shape[2], hidden=self.hidden)
+        past, first = self._columns(q, k)
+        call = HeadCall(self, module, q, k, v, mask, options, past=past, first_column=first, hidden=self.hidden)
         self.hidden = None
         if self.patterns is not None:
             self._open_cache(call)
-        call.q = apply_query_edits(self.edits, call)
-        out, weights = call._attend(call.q)
+        out, weights = self._attend(call, apply_query_edits(self.edits, call))
         if self.router is not None:
             out = out * self.router(call)[..., None].to(out.dtype)
         out = apply_output_edits(self.edits, call, out)
@@ -94,11 +111,31 @@ class Site:
             observe(call, out)
         return out, weights
 
+    def _columns(self, q: Tensor, k: Tensor) -> tuple[int, int]:
+        """(columns before the first query, column of the first key): a sliding cache lets old columns go, a static one is longer."""
+        cache, N, M = self.controller.cache, q.shape[2], k.shape[2]
+        seen = 0 if cache is None or isinstance(cache, HeadwiseCache) else int(cache.get_seq_length(self.layer))
+        return (M - N, 0) if seen < N else (seen - N, max(0, seen - M))
+
+    def _attend(self, call: HeadCall, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The attention of queries `q`, or what the transforms make of it, the first attached innermost."""
+        if not self.transforms:
+            return call._attend(q)
+        compute: Callable[[], Tensor] = functools.partial(call.attend, q)
+        for transform in self.transforms:
+            compute = functools.partial(transform, call, compute)
+        out = compute()
+        B, H, N = call.q.shape[:3]
+        if out.shape != (B, N, H, call.v.shape[-1]):
+            wanted = (B, N, H, call.v.shape[-1])
+            raise AttachError(
+                f"layer {self.layer}: a transform gave {tuple(out.shape)}; head outputs are (B, N, H, D) = {wanted}"
+            )
+        return out.contiguous(), None
+
     def _open_cache(self, call: HeadCall) -> None:
         """Under a plan: what the queries read comes from the ragged cache, or from the dense keys by pattern."""
-        used = [name for name in hook.INEXPRESSIBLE if call.options.get(name) is not None]
-        if used:
-            raise AttachError(f"layer {self.layer}: the model passes {used} to its attention, which a KV plan cannot express")
+        call.need_expressible("a KV plan")
         cache = self.controller.cache
         layer = cache.layers[self.layer] if isinstance(cache, HeadwiseCache) else None
         if isinstance(layer, HeadwiseLayer) and layer.pending is not None:
@@ -107,14 +144,16 @@ class Site:
                     f"layer {self.layer}: the attention mask covers {call.mask.shape[-1]} columns, the cache and this "
                     f"input have {layer.seen} + {call.q.shape[2]}. Was the cache filled by another prompt?"
                 )
-            groups, past, start = layer.take(call.start if layer.seen == 0 else None)
+            groups, past, start = layer.take(call.start if layer.needs_start else None)
             call.groups, call.past = groups, past
             call._start, call._start_known = start, True
             return
         if call.past:
-            raise AttachError(f"layer {self.layer}: a plan needs a HeadwiseCache; an already filled {type(cache).__name__} was given")
+            raise AttachError(
+                f"layer {self.layer}: a plan needs a HeadwiseCache; an already filled {type(cache).__name__} was given"
+            )
         assert self.patterns is not None
-        call.groups = hook.split_by_pattern(call.k, call.v, self.patterns)
+        call.groups = call.dense_groups(self.patterns)
 
 
 class Controller:
@@ -123,9 +162,9 @@ class Controller:
     def __init__(self, model: nn.Module, stack: Stack):
         self.stack = stack
         self.base = str(stack.config._attn_implementation).removeprefix(hook.PREFIX)  # type: ignore[attr-defined]
-        self.cache: Cache | None = None
-        self.attention_mask: Tensor | None = None
-        self._start: tuple[Tensor | None] | None = None
+        self._cache: weakref.ref[Cache] | None = None  # the caller's: nothing here may keep it alive
+        self._mask: Tensor | str | None = None  # the 2-D mask that the model got, or what else it got
+        self._padding: tuple[Tensor | None, Tensor | None] | None = None  # real columns and start, found once a pass
         self.interventions: list[Intervention] = []
         self.sites = [self._site(layer, module) for layer, module in enumerate(stack.modules)]
         self._hooks: list[Any] = []
@@ -175,7 +214,9 @@ class Controller:
         if intervention.plan is not None and self.base not in hook.PLAN_BASES:
             raise AttachError(f"a KV plan needs attn_implementation in {hook.PLAN_BASES}, the model has {self.base!r}")
         if intervention.plan is not None and getattr(self.stack.config, "kv_lora_rank", None):
-            raise AttachError("this model caches one latent for all heads (MLA): no kv head has a cache of its own to budget")
+            raise AttachError(
+                "this model caches one latent for all heads (MLA): no kv head has a cache of its own to budget"
+            )
         if intervention.plan is not None and not self.stack.causal:
             raise AttachError(f"a KV plan needs causal attention; stack {self.stack.pattern} is bidirectional")
         self.interventions.append(intervention)
@@ -205,29 +246,45 @@ class Controller:
                 if intervention.edits is not None:
                     site.edits += tuple(localize(intervention.edits, site, self.stack))
             site.observers = tuple(o for i in self.interventions for o in i.observers)
+            site.transforms = tuple(t for i in self.interventions for t in i.transforms)
             site.router = router.for_layer(site.layer) if router is not None else None  # type: ignore[assignment]
 
     # -- before a forward pass ---------------------------------------------------------------------------------------
 
     def _before(self, owner: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Note the 2-D mask and the cache; under a plan give the model a cache that frees memory."""
+        self._keep_switched()
         given = _bound(type(owner), args, kwargs)
-        mask = given.get("attention_mask")
-        self.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self._start = None
-        self.cache = given.get("past_key_values")
-        if self.sites[0].patterns is None:
+        self._mask, self._padding = _brief(given.get("attention_mask")), None
+        cache = wanted = given.get("past_key_values")
+        if self.sites[0].patterns is not None:
+            wanted = self._plan_cache(cache, given, owner)
+        self._cache = None if wanted is None else weakref.ref(wanted)
+        if wanted is cache:
             return None
-        cache = self._plan_cache(self.cache, given, owner)
-        if cache is self.cache:
-            return None
-        self.cache = cache
-        args, kwargs = _replace_argument(type(owner), args, kwargs, "past_key_values", cache)
+        args, kwargs = _replace_argument(type(owner), args, kwargs, "past_key_values", wanted)
         return args, kwargs
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache of the forward pass at hand."""
+        return None if self._cache is None else self._cache()
+
+    def _keep_switched(self) -> None:
+        """Another model with the same config object may have been detached; a change by the user is refused."""
+        config, name = self.stack.config, hook.PREFIX + self.base
+        now = config._attn_implementation  # type: ignore[attr-defined]
+        if now == self.base:
+            config._attn_implementation = name  # type: ignore[attr-defined]
+        elif now != name:
+            raise AttachError(
+                f"the attention implementation became {now!r} while headwise was attached to {self.base!r}: detach first"
+            )
 
     def _plan_cache(self, cache: Cache | None, given: dict, owner: nn.Module) -> Cache | None:
         """A HeadwiseCache in place of none or of an empty DynamicCache."""
         if isinstance(cache, HeadwiseCache):
+            self._must_fit(cache)
             return cache
         if cache is None:
             wanted = given.get("use_cache")
@@ -241,45 +298,72 @@ class Controller:
         )
 
     def _new_cache(self) -> HeadwiseCache:
+        return HeadwiseCache(self._local_plan())
+
+    def _local_plan(self) -> HeadPlan:
+        """The attached plan as this rank and the model's own windows make it."""
         plan = next(i.plan for i in self.interventions if i.plan is not None)
         patterns = tuple(site.patterns or () for site in self.sites)
-        return HeadwiseCache(replace(plan, patterns=patterns, fingerprint=None))
+        return replace(plan, patterns=patterns, fingerprint=None)
+
+    def _must_fit(self, cache: HeadwiseCache) -> None:
+        """A given cache must keep what the attached plan says, or the plan would silently not be applied."""
+        plan, local = next(i.plan for i in self.interventions if i.plan is not None), self._local_plan()
+        if cache.plan.patterns not in (plan.patterns, local.patterns) or cache.plan.prefill != plan.prefill:
+            raise AttachError(
+                f"past_key_values holds a HeadwiseCache of another plan ({cache.plan}) than the attached one ({plan})"
+            )
 
     # -- where the tokens stand --------------------------------------------------------------------------------------
 
     def row_start(self, mask: Tensor | None) -> Tensor | None:
-        """First real column of each row; from the 2-D mask if the model got one, else from the 4-D mask."""
-        if self._start is None:
-            self._start = (self._find_start(mask),)
-        return self._start[0]
+        """First real column of each row (B,); None without left padding."""
+        return self._find_padding(mask)[1]
 
-    def _find_start(self, mask: Tensor | None) -> Tensor | None:
-        if self.attention_mask is not None:
-            real = self.attention_mask.bool()
-        elif isinstance(mask, Tensor) and mask.ndim == 4:
-            real = hook.as_bool(mask).any(dim=2)[:, 0]
-        else:
-            return None
-        start = real.to(torch.int8).argmax(dim=1)
-        return start if bool(start.any()) else None
-
-    def real_columns(self, past: int, count: int, batch: int) -> Tensor | None:
+    def real_columns(self, mask: Tensor | None, past: int, count: int, batch: int) -> Tensor | None:
         """Which of the columns past..past+count are no padding, (B, count) bool; None if nothing says so."""
-        if self.attention_mask is None or self.attention_mask.shape[1] < past + count:
-            return None
-        return self.attention_mask[:, past : past + count].bool().expand(batch, -1)
+        real = self._find_padding(mask)[0]
+        return None if real is None or real.shape[1] < past + count else real[:, past : past + count].expand(batch, -1)
+
+    def _find_padding(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Real columns and start, from the 2-D mask, or from a 4-D one if that is what the model was given."""
+        if self._padding is None:
+            real = self._real(mask)
+            start = None if real is None else torch.where(real.any(1), real.to(torch.int8).argmax(1), real.shape[1])
+            self._padding = real, start if start is not None and bool(start.any()) else None
+        return self._padding
+
+    def _real(self, mask: Tensor | None) -> Tensor | None:
+        if isinstance(self._mask, Tensor):
+            return self._mask.bool()
+        if self._mask == "several":
+            raise AttachError(
+                "a static cache of a model with sliding windows hides where the rows start: use the default cache"
+            )
+        given = self._mask is not None and isinstance(mask, Tensor) and mask.ndim == 4
+        return hook.as_bool(mask).any(dim=2)[:, 0] if given else None  # type: ignore[arg-type]
+
+
+def _brief(mask: object) -> Tensor | str | None:
+    """A 2-D mask itself; of others only what they are, as they are large and the layers are given them anyway."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask
+    return None if mask is None else "several" if isinstance(mask, dict) and len(mask) > 1 else "one"
 
 
 def _keep_hidden(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Attention pre-hook: routers read the hidden states that enter the attention."""
-    if site.router is not None and site.router.needs_hidden:
+    """Attention pre-hook: what has a true attribute `needs_hidden` reads the hidden states that enter the attention."""
+    if any(getattr(part, "needs_hidden", False) for part in (site.router, *site.observers, *site.transforms)):
         site.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 def sliding(pattern: Pattern, module: nn.Module) -> Pattern:
-    """A layer with a sliding window never reads beyond it: keeping all means keeping the window."""
+    """A layer with a sliding window never reads beyond it: keeping all means keeping the window.
+
+    So does a compensation token: it would stand for tokens that the layer does not read.
+    """
     window = sliding_window(module)
-    return SinkWindow(sinks=0, window=window) if pattern.keeps_all and window else pattern
+    return SinkWindow(sinks=0, window=window) if window and (pattern.keeps_all or pattern.compensated) else pattern
 
 
 def sliding_window(module: nn.Module) -> int | None:

@@ -49,10 +49,10 @@ class Applied:
         """Is this the edit's phase?"""
         return self.edit.phase == "all" or (self.edit.phase == "decode") == call.decoding
 
-    @property
-    def by_query(self) -> bool:
-        """A uniform head is a head whose query is 0; no second attention is needed where nothing came before."""
-        return self.edit.op == "uniform" and self.first and set(self.edit.strengths().tolist()) == {1.0}
+    def by_query(self, call: HeadCall) -> bool:
+        """A uniform head is a head whose query is 0; no second attention is needed where nothing else comes before."""
+        alone = self.first and call.site.router is None and not call.site.transforms
+        return self.edit.op == "uniform" and alone and set(self.edit.strengths().tolist()) == {1.0}
 
 
 def localize(edits: HeadEdits, site: Site, stack: Stack) -> Iterable[Applied]:
@@ -73,7 +73,7 @@ def apply_query_edits(edits: tuple[Applied, ...], call: HeadCall) -> Tensor:
     """Queries (B, H, N, D) with those of uniform heads set to 0."""
     q = call.q
     for applied in edits:
-        if applied.by_query and applied.concerns(call):
+        if applied.by_query(call) and applied.concerns(call):
             _need_plain_softmax(call, applied.edit)
             chosen = q[:, list(applied.heads)]
             mask = token_mask(applied.edit.tokens, call)
@@ -85,7 +85,7 @@ def apply_query_edits(edits: tuple[Applied, ...], call: HeadCall) -> Tensor:
 def apply_output_edits(edits: tuple[Applied, ...], call: HeadCall, out: Tensor) -> Tensor:
     """Outputs (B, N, H, D) after all edits of this layer, in order."""
     for applied in edits:
-        if applied.concerns(call) and not applied.by_query:
+        if applied.concerns(call) and not applied.by_query(call):
             out = _apply(applied, call, out)
     return out
 
@@ -117,7 +117,9 @@ def _real_positions(call: HeadCall) -> Tensor:
 def _need_plain_softmax(call: HeadCall, edit: Edit) -> None:
     used = [name for name in ("s_aux", "position_bias") if call.options.get(name) is not None]
     if used:
-        raise AttachError(f"layer {call.layer}: {edit.op!r} needs a plain softmax, but the model passes {used} to its attention")
+        raise AttachError(
+            f"layer {call.layer}: {edit.op!r} needs a plain softmax, but the model passes {used} to its attention"
+        )
 
 
 def _zero(applied: Applied, call: HeadCall, old: Tensor) -> Tensor:
@@ -132,7 +134,9 @@ def _vector(applied: Applied, call: HeadCall, old: Tensor) -> Tensor:
     tensor = applied.edit.tensor
     assert tensor is not None
     if tensor.shape[-1] != old.shape[-1]:
-        raise EditError(f"layer {call.layer}: vectors of {applied.edit.units} have {tensor.shape[-1]} entries, heads have {old.shape[-1]}")
+        raise EditError(
+            f"layer {call.layer}: vectors of {applied.edit.units} have {tensor.shape[-1]} entries, heads have {old.shape[-1]}"
+        )
     return tensor[list(applied.rows)].to(old).expand_as(old)
 
 
@@ -141,7 +145,9 @@ def _patch(applied: Applied, call: HeadCall, old: Tensor) -> Tensor:
     assert tensor is not None
     other = tensor[list(applied.rows)].movedim(0, 2)  # (B, N, U, D)
     if other.shape != old.shape:
-        raise EditError(f"layer {call.layer}: patch of {applied.edit.units} is (B, N, U, D) = {tuple(other.shape)}, this run has {tuple(old.shape)}")
+        raise EditError(
+            f"layer {call.layer}: patch of {applied.edit.units} is (B, N, U, D) = {tuple(other.shape)}, this run has {tuple(old.shape)}"
+        )
     return other.to(old)
 
 
@@ -150,7 +156,9 @@ def _own_value(applied: Applied, call: HeadCall, old: Tensor) -> Tensor:
         raise AttachError(f"layer {call.layer}: mix_v needs self-attention; these queries have no keys of their own")
     values = call.own_values[:, [h // applied.group_size for h in applied.heads]].transpose(1, 2)
     if values.shape != old.shape:
-        raise AttachError(f"layer {call.layer}: values {tuple(values.shape)} and head outputs {tuple(old.shape)} differ in shape")
+        raise AttachError(
+            f"layer {call.layer}: values {tuple(values.shape)} and head outputs {tuple(old.shape)} differ in shape"
+        )
     return values
 
 
@@ -201,7 +209,9 @@ def _partial(applied: Applied, call: HeadCall, weight: Callable[[Tensor], Tensor
 
 def _need_no_dropout(call: HeadCall) -> None:
     if call.options.get("dropout"):
-        raise AttachError("key groups are re-weighted from several attention calls, which dropout would make disagree: call model.eval()")
+        raise AttachError(
+            "key groups are re-weighted from several attention calls, which dropout would make disagree: call model.eval()"
+        )
 
 
 TARGETS: dict[str, Callable[[Applied, HeadCall, Tensor], Tensor]] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from headwise.attention import KVGroup, Queries, attention, split_by_pattern
 from headwise.attention.groups import key_positions
 from headwise.errors import AttachError
-from headwise.plan import Full
+from headwise.plan import Full, Pattern
 
 if TYPE_CHECKING:
     from headwise.attach.controller import Site
@@ -39,7 +39,9 @@ def register(base: str) -> str:
     if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS:
         raise AttachError(f"attention implementation {base!r} is not registered with transformers")
     if base not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise AttachError(f"attention implementation {base!r} has no mask function; load the model with 'sdpa' or 'eager'")
+        raise AttachError(
+            f"attention implementation {base!r} has no mask function; load the model with 'sdpa' or 'eager'"
+        )
     AttentionInterface.register(name, headwise_attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
@@ -51,7 +53,9 @@ def base_function(module: nn.Module, base: str) -> Callable:
         return ALL_ATTENTION_FUNCTIONS[base]
     function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if function is None:
-        raise AttachError(f"{type(module).__name__} has no eager_attention_forward; load the model with attn_implementation='sdpa'")
+        raise AttachError(
+            f"{type(module).__name__} has no eager_attention_forward; load the model with attn_implementation='sdpa'"
+        )
     return function
 
 
@@ -82,7 +86,8 @@ class HeadCall:
     options: dict[str, object]
     groups: list[KVGroup] | None = None  # set under a KV plan
     past: int = 0  # columns before the first query
-    hidden: Tensor | None = None  # (B, N, C) input of the attention module, where a router asked for it
+    first_column: int = 0  # of k and v as given: a sliding cache has let go of the columns before it
+    hidden: Tensor | None = None  # (B, N, C) input of the attention module, where a router or observer `needs_hidden`
     _start: Tensor | None = field(default=None, repr=False)
     _start_known: bool = False
 
@@ -109,11 +114,13 @@ class HeadCall:
 
     def real_tokens(self) -> Tensor | None:
         """Which query columns are no padding (B, N) bool; None if all are."""
-        return self.site.controller.real_columns(self.past, self.q.shape[2], self.q.shape[0])
+        return self.site.controller.real_columns(self.mask, self.past, self.q.shape[2], self.q.shape[0])
 
     def queries(self) -> Queries:
         """Where the queries stand, with the model's mask as bool."""
         mask = None if self.mask is None else as_bool(self.mask)
+        if mask is not None and self.first_column:
+            mask = nn.functional.pad(mask, (self.first_column, 0))
         return Queries(self.q.shape[2], self.past, self.start, mask, self.causal)
 
     @property
@@ -131,11 +138,41 @@ class HeadCall:
     @property
     def own_values(self) -> Tensor:
         """Values of the query tokens themselves, (B, K, N, Dv)."""
-        return self.v[:, :, self.v.shape[2] - self.q.shape[2] :]
+        N = self.q.shape[2]
+        at = 0 if self.v.shape[2] == N else self.past - self.first_column
+        return self.v[:, :, at : at + N]
 
     def key_groups(self) -> list[KVGroup]:
         """What the queries read, as the op takes it; one dense group without a plan."""
-        return self.groups if self.groups is not None else split_by_pattern(self.k, self.v, [Full()] * self.k.shape[1])
+        return self.groups if self.groups is not None else self.dense_groups([Full()] * self.k.shape[1])
+
+    def dense_groups(self, patterns: Sequence[Pattern]) -> list[KVGroup]:
+        """Groups of kv heads with equal patterns over the keys as the model gives them."""
+        groups = split_by_pattern(self.k, self.v, patterns)
+        if not self.first_column:
+            return groups
+        positions = self._column_positions()
+        return [replace(group, positions=positions, tail=self.k.shape[2]) for group in groups]
+
+    def need_expressible(self, what: str) -> None:
+        """Refuse a call whose softmax or mask the headwise op cannot reproduce; `what` needs it."""
+        used = [name for name in INEXPRESSIBLE if self.options.get(name) is not None]
+        if used:
+            raise AttachError(
+                f"layer {self.layer}: the model passes {used} to its attention, which {what} cannot express"
+            )
+        base = self.site.controller.base
+        if base not in PLAN_BASES:
+            raise AttachError(f"{what} needs attn_implementation in {PLAN_BASES}, the model has {base!r}")
+
+    def attend_pattern(self, pattern: Pattern) -> Tensor:
+        """Attention output (B, N, H, Dv) in which every head reads its keys by `pattern`, differentiable, by the headwise op."""
+        self.need_expressible(f"pattern {pattern}")
+        if self.groups is not None:
+            raise AttachError(
+                f"layer {self.layer}: pattern {pattern} cannot be read from a cache that a KV plan has already thinned out"
+            )
+        return replace(self, groups=self.dense_groups([pattern] * self.k.shape[1])).attend()
 
     def attend(
         self,
@@ -192,7 +229,7 @@ class HeadCall:
         return out if kv_heads is None else _query_slice(out, kv_heads, self.site.kv_heads)
 
     def _column_positions(self) -> Tensor:
-        columns = torch.arange(self.k.shape[2], device=self.k.device)[None, None]
+        columns = torch.arange(self.k.shape[2], device=self.k.device)[None, None] + self.first_column
         return columns if self.start is None else columns - self.start[:, None, None]
 
 

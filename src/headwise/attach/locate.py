@@ -102,14 +102,20 @@ def _uses_interface(cls: type[nn.Module]) -> bool:
 def _checked(model: PreTrainedModel, pattern: str, found: dict[int, tuple[str, nn.Module]]) -> Stack:
     layers = sorted(found)
     if layers != list(range(len(layers))):
-        raise AttachError(f"stack {pattern}: layers {layers} are not numbered 0..{len(layers) - 1}; hybrid models are not reached")
+        raise AttachError(
+            f"stack {pattern}: layers {layers} are not numbered 0..{len(layers) - 1}; hybrid models are not reached"
+        )
     modules = tuple(found[i][1] for i in layers)
     config = getattr(modules[0], "config", model.config)
     declared = getattr(config, "num_hidden_layers", len(layers))
-    if "*" not in pattern and declared > 1:
-        raise AttachError(f"{type(model).__name__} runs one attention module {declared} times (shared weights): layers have no address")
+    if len(layers) == 1 < declared and not getattr(config, "is_encoder_decoder", False):
+        raise AttachError(
+            f"{type(model).__name__} runs one attention module {declared} times (shared weights): layers have no address"
+        )
     if len({getattr(m, "num_key_value_groups", 1) for m in modules}) != 1:
-        raise AttachError(f"stack {pattern}: the number of kv heads differs between layers, which headwise does not address yet")
+        raise AttachError(
+            f"stack {pattern}: the number of kv heads differs between layers, which headwise does not address yet"
+        )
     owner = model.get_submodule(_owner_path(found[0][0])) if "*" in pattern else model
     return Stack(pattern=pattern, modules=modules, owner=owner, config=config)
 

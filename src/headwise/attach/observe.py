@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from headwise.attach import Attachment, attach
 from headwise.attach.hook import HeadCall
-from headwise.attention.groups import KVGroup, Queries, key_positions, query_heads, visible
+from headwise.attention.groups import Compensation, KVGroup, Queries, key_positions, query_heads, visible
 from headwise.errors import AttachError
 
 BLOCK = 1 << 22  # logits of one block of rows: 16 MiB in float32, whatever the length
 ROW_STATISTICS = ("argmax", "entropy", "distance", "top_mass")
 OUTPUT_STATISTICS = ("output", "norm")
 KeyTest = Callable[[Tensor], Tensor]
+PairTest = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -75,8 +76,10 @@ class observe:  # noqa: N801 - used like a function
     """Context manager that records statistics of chosen rows for all heads; gives a `Record`.
 
     `statistics`: any of argmax, entropy, distance, top_mass (rows of the attention), output, norm (head outputs).
-    `rows`: "all", "last", or positions of the queries (real tokens of the row, 0 = first). `mass`: name -> test on key
-    positions; records the probability mass on the keys for which the test is true. Memory: 4 * B * H * R bytes per
+    `rows`: "all", "last", or positions of the queries (real tokens of the row, 0 = first); negative ones count columns
+    from the end of each forward pass (-1 = "last"). `mass`: name -> test on key positions; records the probability mass
+    on the keys for which the test is true. `pair_mass`: name -> test on (query positions, key positions), where the keys
+    that count differ from query to query: the two broadcast against each other. Memory: 4 * B * H * R bytes per
     layer and statistic, and 16 MiB of scratch; "output" keeps 4 * B * N * H * D bytes a layer.
 
     >>> from headwise.hub import load_model
@@ -93,15 +96,19 @@ class observe:  # noqa: N801 - used like a function
         *statistics: str,
         rows: str | Sequence[int] = "all",
         mass: Mapping[str, KeyTest] | None = None,
+        pair_mass: Mapping[str, PairTest] | None = None,
         stack: str | None = None,
     ):
         known = ROW_STATISTICS + OUTPUT_STATISTICS
         unknown = [s for s in statistics if s not in known]
-        if unknown or not (statistics or mass):
-            raise AttachError(f"statistics {unknown or '()'}: choose from {known}, or give mass=")
+        if unknown or not (statistics or mass or pair_mass):
+            raise AttachError(f"statistics {unknown or '()'}: choose from {known}, or give mass= or pair_mass=")
         if isinstance(rows, str) and rows not in ("all", "last"):
             raise AttachError(f"rows={rows!r}: use 'all', 'last' or a list of positions")
-        self.model, self.statistics, self.rows, self.mass, self.stack = model, statistics, rows, dict(mass or {}), stack
+        if not isinstance(rows, str) and len(rows) and min(rows) < 0 <= max(rows):
+            raise AttachError(f"rows={list(rows)}: positions from the start and negative ones from the end do not mix")
+        self.model, self.statistics, self.rows, self.stack = model, statistics, rows, stack
+        self.mass = {name: _of_key(test) for name, test in (mass or {}).items()} | dict(pair_mass or {})
         self.handle: Attachment | None = None
 
     def __enter__(self) -> Record:
@@ -150,20 +157,36 @@ class observe:  # noqa: N801 - used like a function
         if self.rows == "all":
             return None
         if self.rows == "last":
-            return torch.full((B, 1), N - 1, device=call.q.device)
+            return _last_columns(call)
+        if len(self.rows) and min(self.rows) < 0:  # type: ignore[type-var]
+            columns = sorted(N + int(row) for row in self.rows)
+            return torch.tensor([c for c in columns if c >= 0], dtype=torch.long, device=call.q.device).expand(B, -1)
         positions = call.positions().expand(B, -1)
-        wanted = torch.as_tensor(list(self.rows), device=call.q.device)
-        hits = (positions[:, :, None] == wanted).any(-1)  # (B, N)
+        hits = torch.isin(positions, torch.as_tensor(list(self.rows), device=call.q.device))  # (B, N)
         counts = hits.sum(1)
         if int(counts.min()) != int(counts.max()):
-            raise AttachError("rows given by position fall on different columns counts per row of the batch; observe rows one by one")
+            raise AttachError(
+                "rows given by position fall on different columns counts per row of the batch; observe rows one by one"
+            )
         return hits.nonzero()[:, 1].reshape(B, -1)
 
 
+def _last_columns(call: HeadCall) -> Tensor:
+    """Column of the newest real token of each row, (B, 1)."""
+    B, N = call.q.shape[0], call.q.shape[2]
+    columns, real = torch.arange(N, device=call.q.device).expand(B, -1), call.real_tokens()
+    return (columns if real is None else columns.masked_fill(~real, 0)).max(dim=1, keepdim=True).values
+
+
+def _of_key(test: KeyTest) -> PairTest:
+    return lambda queries, keys: test(keys)
+
+
 def row_statistics(
-    call: HeadCall, statistics: Sequence[str], mass: Mapping[str, KeyTest], index: Tensor | None
+    call: HeadCall, statistics: Sequence[str], mass: Mapping[str, PairTest], index: Tensor | None
 ) -> dict[str, Tensor]:
     """Statistics (B, H, R) of the attention rows at query columns `index` (B, R), or of all rows."""
+    call.need_expressible("observing attention rows")
     queries = call.queries()
     q = call.q if index is None else _rows_of(call.q, index)
     R = q.shape[2]
@@ -203,7 +226,7 @@ def _some(queries: Queries, begin: int, end: int, index: Tensor | None) -> Queri
 
 
 def _block(
-    call: HeadCall, q: Tensor, queries: Queries, statistics: Sequence[str], mass: Mapping[str, KeyTest]
+    call: HeadCall, q: Tensor, queries: Queries, statistics: Sequence[str], mass: Mapping[str, PairTest]
 ) -> dict[str, Tensor]:
     """Statistics of a block of rows, over all groups of kv heads."""
     groups = call.key_groups()
@@ -220,7 +243,7 @@ def _block(
 
 
 def _group_block(
-    call: HeadCall, q: Tensor, group: KVGroup, queries: Queries, statistics: Sequence[str], mass: Mapping[str, KeyTest]
+    call: HeadCall, q: Tensor, group: KVGroup, queries: Queries, statistics: Sequence[str], mass: Mapping[str, PairTest]
 ) -> dict[str, Tensor]:
     B, Hg, R, D = q.shape
     Kg, S = group.k.shape[1:3]
@@ -235,23 +258,42 @@ def _group_block(
         best = logits.argmax(-1, keepdim=True)
         found["argmax"] = k_pos.expand(B, Kg, Hg // Kg, R, S).gather(-1, best)[..., 0]
     if mass or any(s in statistics for s in ("entropy", "distance", "top_mass")):
-        found |= _probability_statistics(logits, k_pos, queries, statistics, mass)
+        extra = (
+            None if group.compensation is None else _compensation_logits(q_rows, group.compensation, logits.shape[:-1])
+        )
+        found |= _probability_statistics(logits, extra, k_pos, queries, statistics, mass)
     return {name: values.reshape(B, Hg, R) for name, values in found.items()}
 
 
+def _compensation_logits(q_rows: Tensor, compensation: Compensation, shape: torch.Size) -> Tensor:
+    """Logits of the compensation token, (B, Kg, G, R): it takes its share of the softmax, but has no position."""
+    extra = q_rows @ compensation.k.to(q_rows.dtype)[..., None]  # (B, Kg, G·R, 1)
+    return (extra + compensation.log_count.to(q_rows.dtype)[..., None, None]).reshape(shape)
+
+
 def _probability_statistics(
-    logits: Tensor, k_pos: Tensor, queries: Queries, statistics: Sequence[str], mass: Mapping[str, KeyTest]
+    logits: Tensor,
+    extra: Tensor | None,
+    k_pos: Tensor,
+    queries: Queries,
+    statistics: Sequence[str],
+    mass: Mapping[str, PairTest],
 ) -> dict[str, Tensor]:
-    blind = torch.isneginf(logits).all(-1, keepdim=True)
-    probs = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+    lse = torch.logsumexp(logits, dim=-1)
+    lse = lse if extra is None else torch.logaddexp(lse, extra)
+    lse = lse.masked_fill(torch.isneginf(lse), 0.0)  # a row that sees nothing has no mass anywhere
+    probs = torch.exp(logits - lse[..., None])
+    q_pos = queries.positions(logits.device)[:, None, None, :, None]  # (B or 1, 1, 1, R, 1)
     found: dict[str, Tensor] = {}
     if "entropy" in statistics:
         found["entropy"] = -torch.xlogy(probs, probs).sum(-1)
+        if extra is not None:
+            rest = torch.exp(extra - lse)
+            found["entropy"] -= torch.xlogy(rest, rest)
     if "distance" in statistics:
-        gap = queries.positions(logits.device)[:, None, None, :, None] - k_pos
-        found["distance"] = (probs * gap).sum(-1)
+        found["distance"] = (probs * (q_pos - k_pos)).sum(-1)
     if "top_mass" in statistics:
         found["top_mass"] = probs.max(-1).values
     for name, test in mass.items():
-        found[name] = (probs * test(k_pos).to(probs.dtype)).sum(-1)
+        found[name] = (probs * test(q_pos, k_pos).to(probs.dtype)).sum(-1)
     return found

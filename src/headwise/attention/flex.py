@@ -5,24 +5,11 @@ Only used when asked for: compilation takes tens of seconds, and CPU has no back
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from headwise.attention.groups import KVGroup, Queries
-from headwise.errors import AttentionError
-
-
-def require(q: Tensor, groups: Sequence[KVGroup], *, need_lse: bool, dropout: float) -> None:
-    """Refuse, with the reason, what FlexAttention cannot do here."""
-    if dropout:
-        raise AttentionError(f"dropout={dropout}: FlexAttention has no dropout; use backend='sdpa'")
-    if need_lse or any(g.compensation is not None or g.positions is not None for g in groups):
-        raise AttentionError("the flex backend takes dense keys without compensation or log-sum-exp; use backend='sdpa'")
-    if not q.is_cuda and torch.is_grad_enabled() and q.requires_grad:
-        raise AttentionError("FlexAttention has no backward on CPU; use backend='sdpa'")
 
 
 def attend(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> tuple[Tensor, None]:

@@ -6,25 +6,16 @@ Which keys a head reads is a pattern (per kv head), a ragged storage (`KVGroup`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from headwise.attention import reference, sdpa
-from headwise.attention.groups import KVGroup, Queries, query_heads
+from headwise.attention.backends import Ran, Request, choose, take_heads
+from headwise.attention.groups import KVGroup, Queries
 from headwise.errors import AttentionError
 from headwise.plan import Full, Pattern
-
-
-@dataclass(frozen=True)
-class Ran:
-    """Which backend ran, and why that one."""
-
-    backend: str
-    reason: str
 
 
 class AttentionOutput(NamedTuple):
@@ -73,80 +64,15 @@ def attention(
     groups = _as_groups(q, k, v, groups, patterns)
     queries = _queries(q, groups, causal, mask, start, offset)
     _check(q, groups, active, gate)
+    for group in groups:
+        _check_group(q, group, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    run, ran = choose(q, groups, backend, need_lse=return_lse, dropout=dropout)
-    out, lse = _over_groups(run, q, groups, queries, scale)
-    if active is not None:
-        out = torch.where(active[..., None], out, torch.zeros((), dtype=out.dtype, device=out.device))
-    if gate is not None:
-        out = out * gate[..., None].to(out.dtype)
+    request = Request(q, tuple(groups), queries, scale, active, gate, need_lse=return_lse, dropout=dropout)
+    chosen, ran = choose(request, backend)
+    out, lse = chosen.run(request)
     if return_lse or explain:
         return AttentionOutput(out, lse, ran)
     return out
-
-
-GroupKernel = Callable[[Tensor, KVGroup, Queries, float], tuple[Tensor, Tensor | None]]
-
-
-def choose(
-    q: Tensor, groups: Sequence[KVGroup], backend: str, *, need_lse: bool, dropout: float
-) -> tuple[GroupKernel, Ran]:
-    """The kernel for one group, and the reason. Unknown or unusable backends raise `AttentionError`."""
-    if backend == "reference":
-        if dropout:
-            raise AttentionError(f"dropout={dropout}: the reference backend has no dropout; use backend='sdpa'")
-        return reference.attend, Ran("reference", "asked for")
-    if backend == "flex":
-        from headwise.attention import flex
-
-        flex.require(q, groups, need_lse=need_lse, dropout=dropout)
-        return flex.attend, Ran("flex", "asked for")
-    if backend in ("auto", "sdpa"):
-
-        def run(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> tuple[Tensor, Tensor | None]:
-            return sdpa.attend(q, group, queries, scale, need_lse=need_lse, dropout=dropout)
-
-        return run, Ran("sdpa", "asked for" if backend == "sdpa" else _why_sdpa(q, groups, need_lse))
-    raise AttentionError(f"backend={backend!r} is unknown; choose auto, reference, sdpa or flex")
-
-
-def _why_sdpa(q: Tensor, groups: Sequence[KVGroup], need_lse: bool) -> str:
-    if need_lse or any(g.compensation is not None for g in groups):
-        return "log-sum-exp is needed: logits of a few rows at a time"
-    kinds = {"full" if g.pattern.keeps_all else "window" for g in groups}
-    return f"library kernels over {len(groups)} group(s) of like heads ({', '.join(sorted(kinds))}) on {q.device.type}"
-
-
-def _over_groups(
-    run: GroupKernel, q: Tensor, groups: Sequence[KVGroup], queries: Queries, scale: float
-) -> tuple[Tensor, Tensor | None]:
-    """Run every group on its own query heads and put the heads back in order."""
-    kv_heads = sum(len(g.heads) for g in groups)
-    G = q.shape[1] // kv_heads
-    if len(groups) == 1 and groups[0].heads == tuple(range(kv_heads)):
-        return run(q, groups[0], queries, scale)
-    order: list[int] = []
-    outs, lses = [], []
-    for group in groups:
-        heads = query_heads(group.heads, G)
-        out, lse = run(q[:, _as_slice(heads)], group, queries, scale)
-        order += heads
-        outs.append(out)
-        lses.append(lse)
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
-    back = back.to(q.device)
-    out = torch.cat(outs, dim=1).index_select(1, back)
-    if lses[0] is None:
-        return out, None
-    return out, torch.cat([lse for lse in lses if lse is not None], dim=1).index_select(1, back)
-
-
-def _as_slice(indices: list[int]) -> slice | list[int]:
-    """Neighbouring heads are a view; others are gathered."""
-    if indices == list(range(indices[0], indices[-1] + 1)):
-        return slice(indices[0], indices[-1] + 1)
-    return indices
 
 
 def split_by_pattern(k: Tensor, v: Tensor, patterns: Sequence[Pattern]) -> list[KVGroup]:
@@ -155,7 +81,7 @@ def split_by_pattern(k: Tensor, v: Tensor, patterns: Sequence[Pattern]) -> list[
     for head, pattern in enumerate(patterns):
         heads.setdefault(pattern, []).append(head)
     return [
-        KVGroup(heads=tuple(hs), k=k[:, _as_slice(hs)], v=v[:, _as_slice(hs)], pattern=pattern)
+        KVGroup(heads=tuple(hs), k=take_heads(k, hs), v=take_heads(v, hs), pattern=pattern)
         for pattern, hs in heads.items()
     ]
 
@@ -178,8 +104,10 @@ def _as_groups(
         raise AttentionError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be (B, K, M, D) and agree in B, K, M")
     if patterns is None or isinstance(patterns, Pattern):
         patterns = [patterns or Full()] * k.shape[1]
-    if len(patterns) != k.shape[1]:
-        raise AttentionError(f"patterns has {len(patterns)} entries, k has {k.shape[1]} kv heads")
+    if len(patterns) != k.shape[1] or not all(isinstance(pattern, Pattern) for pattern in patterns):
+        raise AttentionError(
+            f"patterns is {patterns!r:.80}; it must hold one Pattern for each of the {k.shape[1]} kv heads"
+        )
     return split_by_pattern(k, v, patterns)
 
 
@@ -204,6 +132,13 @@ def _queries(
     if mask is not None:
         if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != N:
             raise AttentionError(f"mask must be bool (B, 1, N={N}, M); it is {mask.dtype} {tuple(mask.shape)}")
+        wanted = {g.k.shape[2] for g in groups if g.positions is None} or {offset + N}
+        if mask.shape[0] not in (1, q.shape[0]) or wanted != {mask.shape[3]}:
+            raise AttentionError(
+                f"mask is {tuple(mask.shape)}; B must be 1 or {q.shape[0]}, and M the {sorted(wanted)} columns of the keys"
+            )
+    if start is not None and (start.shape != q.shape[:1] or start.is_floating_point()):
+        raise AttentionError(f"start must be integers (B={q.shape[0]},); it is {start.dtype} {tuple(start.shape)}")
     if causal and offset < 0:
         raise AttentionError(f"causal attention of N={N} queries over fewer keys (M={N + offset}) is not defined")
     return Queries(count=N, offset=offset, start=start, mask=mask, causal=causal)
@@ -216,12 +151,9 @@ def _check(q: Tensor, groups: Sequence[KVGroup], active: Tensor | None, gate: Te
     if heads != list(range(K)) or K == 0:
         raise AttentionError(f"groups hold kv heads {heads}; together they must hold each of 0..K-1 once")
     if H % K:
-        raise AttentionError(f"q has {H} heads, k has {K}: the number of query heads must be a multiple of the kv heads")
-    for g in groups:
-        if g.k.shape[0] != B or g.k.shape[1] != len(g.heads) or g.k.shape[3] != D:
-            raise AttentionError(f"k of heads {g.heads} is {tuple(g.k.shape)}; expected (B={B}, {len(g.heads)}, S, D={D})")
-        if g.k.device != q.device or g.v.device != q.device:
-            raise AttentionError(f"q is on {q.device}, k on {g.k.device}, v on {g.v.device}: move them together")
+        raise AttentionError(
+            f"q has {H} heads, k has {K}: the number of query heads must be a multiple of the kv heads"
+        )
     for name, t in (("active", active), ("gate", gate)):
         if t is not None and t.shape != (B, H, N):
             raise AttentionError(f"{name} has shape {tuple(t.shape)}; it must be (B={B}, H={H}, N={N})")
@@ -231,11 +163,21 @@ def _check(q: Tensor, groups: Sequence[KVGroup], active: Tensor | None, gate: Te
         raise AttentionError(f"gate must be floating point, it is {gate.dtype}")
 
 
-def explain(q: Tensor, k: Tensor, **options: object) -> Ran:
-    """Which backend `attention` would run on these shapes, and why; nothing is computed on the values."""
-    backend = str(options.pop("backend", "auto"))
-    groups = split_by_pattern(k, k, [Full()] * k.shape[1])
-    return choose(q, groups, backend, need_lse=bool(options.pop("return_lse", False)), dropout=0.0)[1]
-
-
-__all__ = ["AttentionOutput", "KVGroup", "Queries", "Ran", "attention", "explain", "replace", "split_by_pattern"]
+def _check_group(q: Tensor, group: KVGroup, causal: bool) -> None:
+    B, Kg, D, k, v = q.shape[0], len(group.heads), q.shape[3], group.k, group.v
+    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, Kg, D) or v.shape[:-1] != k.shape[:-1]:
+        raise AttentionError(
+            f"k and v of heads {group.heads} are {tuple(k.shape)} and {tuple(v.shape)}; "
+            f"they must be (B={B}, {Kg}, S, D={D}) and (B={B}, {Kg}, S, Dv)"
+        )
+    if {k.device, v.device} != {q.device}:
+        raise AttentionError(f"q is on {q.device}, k on {k.device}, v on {v.device}: move them together")
+    if {k.dtype, v.dtype} != {q.dtype}:
+        raise AttentionError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype")
+    slots = None if group.positions is None else group.positions.shape
+    if slots is not None and (slots[0] not in (1, B) or slots[1] not in (1, Kg) or slots[2:] != k.shape[2:3]):
+        raise AttentionError(
+            f"positions of heads {group.heads} are {tuple(slots)}; they must be (1 or B={B}, 1 or {Kg}, S={k.shape[2]})"
+        )
+    if not causal and not group.pattern.keeps_all:
+        raise AttentionError(f"pattern {group.pattern} needs causal attention; this attention is bidirectional")

@@ -42,13 +42,13 @@ def _plain_causal(group: KVGroup, queries: Queries) -> bool:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, *, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
-    with _preferred_kernels(q):
+    with preferred_kernels(q):
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
 
 
-def _preferred_kernels(q: Tensor) -> AbstractContextManager[None]:
+def preferred_kernels(q: Tensor) -> AbstractContextManager[None]:
     """On Hopper cuDNN is 1.7x faster than the default kernel; elsewhere PyTorch's own order is best."""
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.dtype in (torch.float16, torch.bfloat16):
         order = [

@@ -18,7 +18,8 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1,
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 Progress = Annotated[
-    bool | None, typer.Option("--progress/--no-progress", help="Progress bars. Default: on a terminal.", show_default=False)
+    bool | None,
+    typer.Option("--progress/--no-progress", help="Progress bars. Default: on a terminal.", show_default=False),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A HeadPlan file: what each kv head keeps.")]
 EditsFile = Annotated[Path | None, typer.Option("--edits", help="A HeadEdits file: what happens to a head's output.")]
@@ -59,16 +60,17 @@ def attached(model: Any, plan: Path | None, edits: Path | None, router: Path | N
     parts: dict[str, Any] = {
         "plan": HeadPlan.load(plan) if plan else None,
         "edits": HeadEdits.load(edits) if edits else None,
-        "router": _router(router) if router else None,
+        "router": router_of(router) if router else None,
     }
     with attach(model, **parts):
         yield
 
 
-def _router(folder: Path) -> Any:
-    from headwise.route import HeadRouter
+def router_of(folder: Path) -> Any:
+    """The router that an adapter folder holds."""
+    import headwise.route
 
-    return HeadRouter.from_pretrained(folder)
+    return headwise.route.HeadRouter.from_pretrained(folder)
 
 
 def show_progress(progress: bool | None, as_json: bool) -> bool:
@@ -79,7 +81,7 @@ def show_progress(progress: bool | None, as_json: bool) -> bool:
 def say(data: Mapping[str, Any], as_json: bool, text: str | Any) -> None:
     """Print the result: `data` as one JSON object, or `text` (a string or something that rich can draw) for a reader."""
     if as_json:
-        print(json.dumps(jsonable(data), ensure_ascii=False, allow_nan=False))
+        typer.echo(json.dumps(jsonable(data), ensure_ascii=False, allow_nan=False))
         return
     from rich.console import Console
 

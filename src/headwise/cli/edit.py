@@ -11,11 +11,16 @@ from headwise.cli import common, generated
 app = generated.group("edit")
 
 Units = Annotated[
-    str | None, typer.Option("--units", "-u", help="Heads such as L18H6,L18H7, each with a strength if wished (L3H1:0.5).")
+    str | None,
+    typer.Option("--units", "-u", help="Heads such as L18H6,L18H7, each with a strength if wished (L3H1:0.5)."),
 ]
-Scores = Annotated[Path | None, typer.Option("--scores", "-s", help="Instead of --units: the best heads of a score file.")]
+Scores = Annotated[
+    Path | None, typer.Option("--scores", "-s", help="Instead of --units: the best heads of a score file.")
+]
 Top = Annotated[int, typer.Option("--top", min=1, help="How many of them.")]
-Tokens = Annotated[str, typer.Option("--tokens", help="Queries by position among the real tokens: all, last, 3, 2:10, …")]
+Tokens = Annotated[
+    str, typer.Option("--tokens", help="Queries by position among the real tokens: all, last, 3, 2:10, …")
+]
 Phase = Annotated[
     Literal["all", "prefill", "decode"], typer.Option("--phase", help="Reading the prompt, writing, or both.")
 ]

@@ -1,7 +1,8 @@
-"""Commands that nobody writes: `score`, `plan`, `convert`, `train` and `edit` get one command for each registered method.
+"""Commands that nobody writes: `score`, `plan`, `convert`, `train` and `edit` have one for each registered method.
 
-A method's keyword-only options become the options of its command, with the type, default and, where the docstring has a line
-`name: what it means`, the help of the function itself. The method files are imported only when such a command is called.
+A method's keyword-only options become the options of its command, with the type, default and, where the docstring has a
+line `name: what it means`, the help of the function itself. The method files are imported only when such a command is
+called.
 """
 
 import inspect
@@ -51,7 +52,12 @@ class MethodGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of this name; an unknown one raises `MethodError`, which lists close names."""
         written = super().get_command(ctx, cmd_name)
-        return written if written is not None else command(registry.get(self.verb, cmd_name))
+        if written is not None:
+            return written
+        names = self.list_commands(ctx)
+        if cmd_name not in names:
+            raise registry.unknown(f"{self.verb} method", cmd_name, names)
+        return command(registry.get(self.verb, cmd_name))
 
 
 def group(name: str) -> typer.Typer:
@@ -67,7 +73,9 @@ def command(method: Method) -> Any:
     options = [o for o in (Option.of(method, p) for p in method.options.values() if p.name not in _SHARED) if o]
     clash = {p.name for p in standard} & {o.parameter.name for o in options}
     if clash:
-        raise MethodError(f"{method.verb} method {method.name!r}: option {', '.join(clash)} belongs to the command line")
+        raise MethodError(
+            f"{method.verb} method {method.name!r}: option {', '.join(clash)} belongs to the command line"
+        )
     shared = [_SHARED[name] for name in method.options if name in _SHARED]
     seed = method.options.get("seed")
     shared = [p.replace(default=seed.default) if p.name == "seed" and seed else p for p in shared]
@@ -119,12 +127,11 @@ class Option:
         default = parameter.default
         if default is not Required and default is not None and not isinstance(default, bool | int | float | str):
             default = str(default)
-        if default is None:
-            kind = kind | None
         flag = parameter.name.replace("_", "-")
         flags = [f"--{flag}/--no-{flag}"] if kind is bool else [f"--{flag}"]
         help_ = _escape(_help_of(method, parameter.name))
-        annotation = Annotated[kind, typer.Option(*flags, help=help_)]
+        told = kind | None if default is None else kind
+        annotation = Annotated[told, typer.Option(*flags, help=help_)]  # type: ignore[valid-type]
         made = parameter.replace(annotation=annotation, default=default)
         return cls(made, lambda value: None if value is None else decode(value))
 
@@ -184,6 +191,7 @@ ARTIFACTS: dict[str, Callable[[str], Any]] = {
     "HeadSet": _head_set,
     "HeadScores": _scores,
     "HeadPlan": _plan,
+    "HeadRouter": lambda folder: common.router_of(Path(folder)),
     "Budget": _budget,
 }
 
@@ -194,7 +202,9 @@ def _parameter(name: str, annotation: Any, default: Any = Required) -> inspect.P
 
 def _output(what: str, default: Any = Required) -> inspect.Parameter:
     kind = Path if default is Required else Path | None
-    return _parameter("output", Annotated[kind, typer.Option("--output", "-o", help=f"Write the {what} here.")], default)
+    return _parameter(
+        "output", Annotated[kind, typer.Option("--output", "-o", help=f"Write the {what} here.")], default
+    )
 
 
 _MODEL = [
@@ -241,9 +251,10 @@ def _run_budget(method: Method, options: dict[str, Any], *, scores: Path, output
     """Plan, save, show the plan."""
     plan = method(_scores(str(scores)), **options)
     plan.save(output)
-    data = {"method": method.name, "scores": scores, "budget": str(options.get("budget")), "file": output}
-    data["ratio"] = {str(n): plan.ratio(n) for n in _LENGTHS}
-    ratios = ", ".join(f"{ratio:.0%} at {n} tokens" for n, ratio in data["ratio"].items())
+    share = {str(n): plan.ratio(n) for n in _LENGTHS}
+    budget = str(options.get("budget"))
+    data = {"method": method.name, "scores": scores, "budget": budget, "file": output, "ratio": share}
+    ratios = ", ".join(f"{ratio:.0%} at {n} tokens" for n, ratio in share.items())
     common.say(data, json, f"{plan}\nof the full cache: {ratios}\n{_written(output)}")
 
 

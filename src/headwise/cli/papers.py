@@ -20,7 +20,7 @@ def papers(json: Annotated[bool, typer.Option("--json", help="Print the rows as 
     if json:
         import json as json_format
 
-        print(json_format.dumps([row.to_dict() for row in rows()], ensure_ascii=False, indent=1))
+        typer.echo(json_format.dumps([row.to_dict() for row in rows()], ensure_ascii=False, indent=1))
         return
     from rich.table import Table
 
@@ -41,7 +41,9 @@ def reproduce(
     name: Annotated[str, typer.Argument(help="Name or number of the paper, see: headwise papers")],
     scale: Annotated[Literal["cpu", "gpu"], typer.Option("--scale", help="cpu: minutes. gpu: the larger run.")] = "cpu",
     seed: common.Seed = 0,
-    record: Annotated[bool, typer.Option("--record", help="Keep the run as the one that the papers table shows.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="For maintainers: keep the run in the source tree, for the papers table.")
+    ] = False,
     progress: common.Progress = None,
     json: common.Json = False,
 ) -> None:
@@ -55,14 +57,25 @@ def reproduce(
 
     chosen = row(name)
     if chosen.reproduce is None:
-        raise TaskError(f"{chosen.slug} ({chosen.id}) is planned: there is nothing to reproduce yet; see headwise papers")
+        raise TaskError(
+            f"{chosen.slug} ({chosen.id}) is planned: there is nothing to reproduce yet; see headwise papers"
+        )
     result = chosen.reproduce(scale, seed=seed, progress=common.show_progress(progress, json))
     if record:
-        RECORDS.mkdir(exist_ok=True)
-        Path(RECORDS / f"{chosen.slug}.json").write_text(result.to_json() + "\n", encoding="utf-8")
+        _keep(result.to_json(), RECORDS / f"{chosen.slug}.json")
     numbers = [f"  {name:<40}{value:12.5g}" for name, value in result.metrics.items()]
     numbers += [f"  {name + ' (baseline)':<40}{value:12.5g}" for name, value in result.baselines.items()]
     checks = [f"  {'yes' if check not in result.failed() else 'NO ':<5}{check}" for check in result.checks]
     verdict = f"{'holds' if result.holds else 'does not hold'} ({result.seconds:.0f} s, scale {result.scale})"
     common.say(result.to_dict(), json, "\n".join([result.claim, *numbers, *checks, verdict]))
     raise typer.Exit(0 if result.holds else 1)
+
+
+def _keep(text: str, file: Path) -> None:
+    from headwise.errors import ArtifactError
+
+    try:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"the run cannot be kept in {file}: {error.strerror}") from error

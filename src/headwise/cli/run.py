@@ -79,7 +79,9 @@ def evaluate(
     plan: common.PlanFile = None,
     edits: common.EditsFile = None,
     router: common.RouterFolder = None,
-    task: Annotated[str, typer.Option("--task", "-t", help=f"One or more of {', '.join(TASKS)}, split by commas.")] = "passkey",
+    task: Annotated[
+        str, typer.Option("--task", "-t", help=f"One or more of {', '.join(TASKS)}, split by commas.")
+    ] = "passkey",
     length: Annotated[int, typer.Option("--length", help="Tokens of each prompt, and of each window of text.")] = 1024,
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts of each recall task.")] = 8,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of text for the perplexity.")] = 4096,
@@ -114,7 +116,9 @@ def evaluate(
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report.")] = Path("report"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts: a first look in a fraction of the time.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer prompts: a first look in a fraction of the time.")
+    ] = False,
     progress: common.Progress = None,
 ) -> None:
     """The whole story on a real language model: score, ablate, plan, generate, convert. Ends in report.html.
@@ -142,7 +146,9 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
         raise TaskError("this model has no chat template; leave --chat out")
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise TaskError("the prompt is empty")
@@ -166,14 +172,17 @@ def _recall(name: str, model: Any, tokenizer: Any, length: int, count: int, seed
     from headwise.tasks.needle import make_needles
     from headwise.tasks.passkey import make_passkeys
 
-    make = {"passkey": make_passkeys, "needle": make_needles}[name]
+    make: Any = {"passkey": make_passkeys, "needle": make_needles}[name]
     made = make(tokenizer, count=count, length=length, generator=torch.Generator().manual_seed(seed))
     return exact_match(model, made, **how)
 
 
 def _perplexity(model: Any, tokenizer: Any, window: int, tokens: int, how: dict[str, Any]) -> float:
+    from headwise.errors import TaskError
     from headwise.tasks.evaluate import perplexity
     from headwise.tasks.texts import encode, english
 
-    ids = encode(tokenizer, english("test")[: 12 * tokens])
+    ids = encode(tokenizer, english("eval")[: 12 * tokens])  # far more characters than a token has
+    if len(ids) < tokens:
+        raise TaskError(f"--tokens {tokens}: the packaged text has {len(ids)} tokens")
     return perplexity(model, ids, window=window, tokens=tokens, **how)

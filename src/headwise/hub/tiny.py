@@ -106,7 +106,9 @@ TINY_ARCHITECTURES = {
         "Gemma3TextConfig",
         _GEMMA3_FIELDS,
     ),
-    "gpt2": TinyArchitecture("GPT-2: learned positions, one kv head per head", "GPT2LMHeadModel", "GPT2Config", _GPT2_FIELDS),
+    "gpt2": TinyArchitecture(
+        "GPT-2: learned positions, one kv head per head", "GPT2LMHeadModel", "GPT2Config", _GPT2_FIELDS
+    ),
     "mixtral": TinyArchitecture(
         "Mixtral: as Llama, 4 experts of which 2 are active",
         "MixtralForCausalLM",
@@ -114,7 +116,10 @@ TINY_ARCHITECTURES = {
         _GQA | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     ),
     "qwen3-moe": TinyArchitecture(
-        "Qwen3-MoE: as Qwen3, 8 experts of which 2 are active", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN3_MOE_FIELDS
+        "Qwen3-MoE: as Qwen3, 8 experts of which 2 are active",
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        _QWEN3_MOE_FIELDS,
     ),
     "deepseek-v3": TinyArchitecture(
         "DeepSeek-V3: latent attention, 8 routed experts in 2 groups, 1 shared expert",
@@ -130,7 +135,9 @@ TINY_ARCHITECTURES = {
         _VISION | {"num_labels": 10},
         text=False,
     ),
-    "clip": TinyArchitecture("CLIP, text and vision towers of 2 layers", "CLIPModel", "CLIPConfig", _CLIP_FIELDS, text=False),
+    "clip": TinyArchitecture(
+        "CLIP, text and vision towers of 2 layers", "CLIPModel", "CLIPConfig", _CLIP_FIELDS, text=False
+    ),
 }
 
 

@@ -5,9 +5,9 @@ A row is `planned` until `papers/<slug>.py` exists. That module declares what it
     PAPER = Paper(slug="moh", status="works", api="headwise.route.moh", claim="…one sentence that can be false…")
     def reproduce(scale="cpu", *, seed=0, progress=False) -> Reproduction: ...
 
-The declaration is only an upper bound. `works` is shown when everything in `api` can be imported and called, and a run that is recorded in
-`papers/records/<slug>.json` tests the same claim and its numbers bear it out; anything less is `partial`, and `problems()` says what is missing, which
-fails the checks of `make test`.
+The declaration is only an upper bound. `works` is shown when everything in `api` can be imported and called, and a run
+that is recorded in `papers/records/<slug>.json` tests the same claim and its numbers bear it out; anything less is
+`partial`, and `problems()` says what is missing, which fails the checks of `make test`.
 """
 
 import importlib

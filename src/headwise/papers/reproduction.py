@@ -1,7 +1,7 @@
 """What `headwise reproduce` gives back: the numbers of a run and whether they bear out the claim.
 
-`expected` is text that a reader understands and a program evaluates: `"passkey_top3 < passkey_random; ppl_random <= 21.0"`. `holds` is always computed from
-it and the numbers, never stored, so a record cannot say one thing and show another.
+`expected` is text that a reader understands and a program evaluates: `"passkey_top3 < passkey_random; ppl_random <= 21"`.
+`holds` is always computed from it and the numbers, never stored, so a record cannot say one thing and show another.
 """
 
 import json
@@ -197,7 +197,7 @@ class Reproduction:
                 scale=data["scale"],
                 metrics={k: math.nan if v is None else v for k, v in data["metrics"].items()},
                 baselines={k: math.nan if v is None else v for k, v in data["baselines"].items()},
-                checks=[Check.parse(row) for row in data["expected"].split(";")],
+                checks=tuple(Check.parse(row) for row in data["expected"].split(";")),
                 seconds=data["seconds"],
                 environment=data["environment"],
             )

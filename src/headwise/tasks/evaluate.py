@@ -306,7 +306,9 @@ def _feed(
         stop = min(start + size, ids.shape[1])
         if stop == start:
             return
-        out = _call(model, ids[:, start:stop], mask[:, :stop], start, keep=0 if start else keep, past=past, use_cache=True)
+        out = _call(
+            model, ids[:, start:stop], mask[:, :stop], start, keep=0 if start else keep, past=past, use_cache=True
+        )
         past = out.past_key_values
         if past is None:
             raise TaskError(f"{type(model).__name__} returns no cache, so nothing can be measured through it")

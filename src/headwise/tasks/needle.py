@@ -33,27 +33,27 @@ NEEDLES = (
     Needle(
         "What is the best thing to do in San Francisco?",
         "The best thing to do in San Francisco is to",
-        "walk over the long red bridge at dusk with a bag of warm cherries",
+        "walk over the bridge at dusk with a bag of warm cherries",
     ),
     Needle(
         "What does the baker of Lindau put into her secret bread?",
         "The secret bread of the baker of Lindau is made with",
-        "roasted chestnuts, black salt and one spoon of cold coffee",
+        "roasted chestnuts from the northern hills",
     ),
     Needle(
         "Where did the captain hide the silver compass?",
-        "The captain hid the silver compass",
-        "under the third stair of the old lighthouse on the northern island",
+        "The captain hid the silver compass under",
+        "the third stair of the old lighthouse",
     ),
     Needle(
         "What did the old gardener plant behind the school?",
         "Behind the school the old gardener planted",
-        "seven purple pear trees and a small field of winter wheat",
+        "a long row of purple pear trees",
     ),
     Needle(
         "How does Marta wake her brother every morning?",
         "Every morning Marta wakes her brother by",
-        "playing a slow waltz on the broken piano in the kitchen",
+        "playing a slow waltz on the broken piano",
     ),
 )
 
@@ -77,7 +77,7 @@ def make_needle(
     >>> tokenizer, generator = byte_tokenizer(), torch.Generator().manual_seed(0)
     >>> prompt = make_needle(tokenizer, length=600, depth=0.3, generator=generator, needle=NEEDLES[2])
     >>> tokenizer.decode(prompt.ids[slice(*prompt.needle_span)])[:22]
-    ' under the third stair'
+    ' the third stair of th'
     """
     if needle is None:
         needle = NEEDLES[int(torch.randint(len(NEEDLES), (), generator=generator))]

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100  # label of a position that is not supervised
+# fmt: off
 NATO = (
-    "Alpha Bravo Charlie Delta Echo Foxtrot Golf Hotel India Juliett Kilo Lima Mike "
-    "November Oscar Papa Quebec Romeo Sierra Tango Uniform Victor Whiskey Xray Yankee Zulu"
-).split()
-_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+    "Alpha", "Bravo", "Charlie", "Delta", "Echo", "Foxtrot", "Golf", "Hotel", "India",
+    "Juliett", "Kilo", "Lima", "Mike", "November", "Oscar", "Papa", "Quebec", "Romeo",
+    "Sierra", "Tango", "Uniform", "Victor", "Whiskey", "Xray", "Yankee", "Zulu",
+)
+# fmt: on
+_ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,11 @@ class _Row:
 
 
 def _row(
-    tokenizer: PreTrainedTokenizerBase, total: int, spec: PassphraseSpec, generator: torch.Generator, haystack: str | None
+    tokenizer: PreTrainedTokenizerBase,
+    total: int,
+    spec: PassphraseSpec,
+    generator: torch.Generator,
+    haystack: str | None,
 ) -> _Row:
     phrases = tuple(_phrase(spec.words, generator) for _ in range(spec.phrases))
     needles = [_needle(tokenizer, i, phrase) for i, phrase in enumerate(phrases)]

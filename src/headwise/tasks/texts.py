@@ -14,11 +14,14 @@ import re
 import sysconfig
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ..errors import TaskError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Split = Literal["haystack", "eval"]
 
@@ -64,7 +67,7 @@ def windows(ids: torch.Tensor, length: int, stride: int | None = None) -> torch.
     return ids.unfold(0, length, stride)
 
 
-def encode(tokenizer, text: str, *, special: bool = False) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
     """Token ids of `text` without the tokenizer's length warning; `special` adds its start token, never its end token."""
     ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     if special and ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
@@ -85,7 +88,9 @@ def draw_text(haystack: str | None, chars: int, generator: torch.Generator) -> s
     return (ring * (chars // len(ring) + 1))[:chars]
 
 
-def draw_tokens(tokenizer, haystack: str | None, count: int, generator: torch.Generator) -> list[int]:
+def draw_tokens(
+    tokenizer: PreTrainedTokenizerBase, haystack: str | None, count: int, generator: torch.Generator
+) -> list[int]:
     """Exactly `count` token ids of the haystack from a random paragraph on."""
     chars = 6 * count + 64
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -134,7 +139,9 @@ def _topics() -> dict[str, str]:
             continue
         if isinstance(topics, dict) and len(topics) > 10:
             return topics
-    raise TaskError("this Python lacks pydoc_data.topics, the text that help() shows: pass a text of your own as haystack")
+    raise TaskError(
+        "this Python lacks pydoc_data.topics, the text that help() shows: pass a text of your own as haystack"
+    )
 
 
 def _clean(topic: str) -> str:

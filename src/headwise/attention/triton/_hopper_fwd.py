@@ -269,6 +269,7 @@ def attend_fwd(
     qb, qh, qn, gb, gh, gn, scale_log2, H, G, N, M, BH, entries, tiles_g,
     BS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, ROUTED: gl.constexpr, SPANS: gl.constexpr,
     CAUSAL: gl.constexpr, GATED: gl.constexpr, STARTED: gl.constexpr, BLOCKS: gl.constexpr,
+    ENTRIES: gl.constexpr,
 ):  # fmt: skip
     """One tile of 128 rows a program. Rows that no tile covers must be zeroed by ``zero_rows``."""
     pid = gl.program_id(0)
@@ -297,7 +298,9 @@ def attend_fwd(
         start, sink, window = spans_of(Sinks, Windows, kvh, KeyStart, b, M, SPANS, STARTED)
         n_a = 0
         b0 = 0
-        n = gl.cdiv(entries, BN // BS)
+        slot = gl.arange(0, ENTRIES, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        chosen = gl.load(Index + slot, mask=slot < entries, other=-1)
+        n = gl.cdiv(gl.max(gl.where(chosen >= 0, slot + 1, 0), 0), BN // BS)  # nothing is chosen after the last slot
     else:
         bh, first, count = tile_of(pid, BH, Rank, N, ROUTED)
         if first < 0:

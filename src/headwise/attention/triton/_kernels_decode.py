@@ -8,6 +8,7 @@ slot p + s is theirs alone.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -34,8 +35,11 @@ def decode_partial(
     qb, qh, qn, len_b, len_k, k_row, v_row, scale_log2, segments, P,
     G: tl.constexpr, NQ: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr, CAUSAL: tl.constexpr, POSITIONED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial (unnormalised output, maximum, sum) of every (program, segment) pair."""
+    if PDL:  # let the merge become resident while this kernel runs; it waits for the results itself
+        gdc_launch_dependents()
     p = tl.program_id(0)
     share = tl.load(Share)
     at = p * share
@@ -53,8 +57,8 @@ def decode_partial(
         begin = tl.load(Starts + s)
         upto = tl.minimum(tl.load(Starts + s + 1), stop)
         length = tl.load(Lengths + b * len_b + kvh * len_k)
-        k_base = tl.multiple_of(tl.load(Kptr + s), 16).to(tl.pointer_type(Q.dtype.element_ty))
-        v_base = tl.multiple_of(tl.load(Vptr + s), 16).to(tl.pointer_type(Q.dtype.element_ty))
+        k_base = tl.multiple_of(tl.load(Kptr + s).to(tl.pointer_type(Q.dtype.element_ty)), 16)
+        v_base = tl.multiple_of(tl.load(Vptr + s).to(tl.pointer_type(Q.dtype.element_ty)), 16)
         head = kvh * G + r // NQ
         q = tl.load(Q + b.to(tl.int64) * qb + head[:, None] * qh + token[:, None] * qn + d[None, :], mask=row_on[:, None] & in_d[None, :], other=0.0)
         if POSITIONED:
@@ -88,7 +92,7 @@ def decode_partial(
         tl.store(PartM + slot_row, m)
         tl.store(PartL + slot_row, l)
         tl.store(PartO + slot_row[:, None] * BD + d[None, :], acc)
-        at = begin + (upto - begin)
+        at = upto
         s += 1
         # segments without blocks lie between: skip them
         while (s < segments) & (tl.load(Starts + tl.minimum(s + 1, segments)) <= at) & (at < stop):
@@ -100,9 +104,11 @@ def decode_merge(
     Q, PartO, PartM, PartL, Starts, Share, Khat, Vhat, LogCount, Out, Lse,
     qb, qh, qn, scale_log2, H,
     G: tl.constexpr, NQ: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
-    COMPENSATED: tl.constexpr,
+    PC: tl.constexpr, COMPENSATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Join the partials of one (segment, tile row) by log-sum-exp, add the compensation token, normalise, write."""
+    if PDL:
+        gdc_wait()
     s = tl.program_id(0)
     r = tl.program_id(1)
     b = (s // K).to(tl.int64)
@@ -118,16 +124,19 @@ def decode_merge(
     m = float("-inf")
     l = 0.0  # noqa: E741
     if end > begin:
-        for p in range(begin // share, (end - 1) // share + 1):
+        p_last = (end - 1) // share
+        for p0 in range(begin // share, p_last + 1, PC):
+            p = p0 + tl.arange(0, PC)
+            on = p <= p_last
             row = (p + s) * R + r
-            m_p = tl.load(PartM + row)
-            o_p = tl.load(PartO + row * BD + d)
-            m_new = tl.maximum(m, m_p)
+            m_p = tl.load(PartM + row, mask=on, other=float("-inf"))
+            m_new = tl.maximum(m, tl.max(m_p, 0))
             safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            alpha = tl.exp2(m - safe)
             beta = tl.exp2(m_p - safe)
-            acc = acc * alpha + o_p * beta
-            l = l * alpha + tl.load(PartL + row) * beta  # noqa: E741
+            alpha = tl.exp2(m - safe)
+            o_p = tl.load(PartO + row[:, None] * BD + d[None, :], mask=on[:, None], other=0.0)
+            acc = acc * alpha + tl.sum(o_p * beta[:, None], 0)
+            l = l * alpha + tl.sum(tl.load(PartL + row, mask=on, other=0.0) * beta, 0)  # noqa: E741
             m = m_new
     if COMPENSATED:
         count = tl.load(LogCount + s).to(tl.float32)

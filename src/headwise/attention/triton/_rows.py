@@ -67,7 +67,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, gate, call: RowsCall):
         q, k, v = (_host.last_dim_contiguous(x) for x in (q, k, v))
-        if _use_hopper(q, k, v, call):
+        if use_hopper(q):
             from headwise.attention.triton import _hopper
 
             out, raw, lse = _hopper.rows_forward(q, k, v, gate, call)
@@ -84,7 +84,7 @@ class _Rows(torch.autograd.Function):
         q, k, v, gate, raw, lse = ctx.saved_tensors
         d_lse = d_lse.contiguous() if ctx.call.want_lse_grad else None
         d_out = _host.last_dim_contiguous(d_out)
-        if not ctx.call.deterministic and _use_hopper(q, k, v, ctx.call):
+        if not ctx.call.deterministic and use_hopper(q):
             from headwise.attention.triton import _hopper
 
             if _hopper.has_backward(q):
@@ -92,7 +92,7 @@ class _Rows(torch.autograd.Function):
         return (*portable_backward(q, k, v, gate, raw, lse, d_out, d_lse, ctx.call), None)
 
 
-def _use_hopper(q: Tensor, k: Tensor, v: Tensor, call: RowsCall) -> bool:
+def use_hopper(q: Tensor) -> bool:
     """The Gluon kernels take 16-bit inputs with head dims 64 and 128 on compute capability 9."""
     return _host.hopper(q) and q.dtype != torch.float32 and q.shape[-1] in (64, 128)
 

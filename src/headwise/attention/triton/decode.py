@@ -42,7 +42,7 @@ class Compensation:
 def plan_splits(lengths: Tensor, *, block: int = 64, programs: int | None = None) -> SplitPlan:
     """Cut the work of lengths (B,K) int32 (valid slots, on the device) into equal shares; one small launch, no host sync.
 
-    The number of programs is fixed (four a multiprocessor by default), so a CUDA graph that holds the plan and the
+    The number of programs is fixed (two a multiprocessor by default), so a CUDA graph that holds the plan and the
     decode stays right when the lengths change.
     """
     _host.require_triton()
@@ -55,7 +55,7 @@ def plan_splits(lengths: Tensor, *, block: int = 64, programs: int | None = None
     if segments > MAX_SEGMENTS:
         raise ValueError(f"at most {MAX_SEGMENTS} (row, kv head) pairs in one call, got {segments}")
     if programs is None:
-        programs = 4 if _host.interpreting() else 4 * _host.multiprocessors(lengths.device.index)
+        programs = 4 if _host.interpreting() else 2 * _host.multiprocessors(lengths.device.index)
     starts, first, share = (torch.empty(n, dtype=torch.int32, device=lengths.device) for n in (segments + 1, programs, 1))
     size = max(16, 1 << (segments - 1).bit_length())
     kernels.plan_decode[(1,)](lengths, starts, first, share, segments, programs, *lengths.stride(), K, BN=block, S=size,
@@ -118,18 +118,20 @@ def ragged_decode(
     out = torch.empty(B, H, NQ, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, NQ, dtype=torch.float32, device=q.device)
     scale_log2 = _host.softmax_scale(scale, D) * _host.LOG2E
+    pdl = _host.hopper(q)  # programmatic dependent launch: the merge is resident when the partials end
+    launch = dict(launch_pdl=True) if pdl else {}
     consts = dict(G=G, NQ=NQ, K=K, D=D, BD=BD, R=R)
     kernels.decode_partial[(plan.programs,)](
         q, k_ptr.contiguous(), v_ptr.contiguous(), lengths, plan.starts, plan.first, plan.share,
         slot_positions, query_positions, part_o, part_m, part_l,
         *q.stride()[:3], *lengths.stride(), k_stride or D, v_stride or D, scale_log2, plan.segments, plan.programs,
         BN=plan.block, CAUSAL=causal_tail and NQ > 1, POSITIONED=slot_positions is not None,
-        PRECISION=_host.dot_precision(q.dtype), STAGES=2 if q.dtype == torch.float32 or D > 128 else 3, num_warps=4, **consts,
+        PRECISION=_host.dot_precision(q.dtype), STAGES=2 if q.dtype == torch.float32 or D > 128 else 3, PDL=pdl, num_warps=4, **consts,
     )  # fmt: skip
     comp = (None,) * 3 if compensation is None else _compensation(compensation, B, K, D)
     kernels.decode_merge[(B * K, G * NQ)](
         q, part_o, part_m, part_l, plan.starts, plan.share, *comp, out, lse, *q.stride()[:3], scale_log2, H,
-        COMPENSATED=compensation is not None, num_warps=1, **consts,
+        PC=32 if BD <= 128 else 16, COMPENSATED=compensation is not None, PDL=pdl, num_warps=4, **launch, **consts,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -24,19 +24,19 @@ def span_attention(
     scale: float | None = None,
     key_start: Tensor | None = None,
     return_lse: bool = False,
-    dense_full_heads: bool = True,
+    dense_full_heads: bool | None = None,
     deterministic: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention in which kv head h reads key j of query position i when ``j < sinks[h]`` or ``i - j < windows[h]``.
 
     Args:
         q: (B,H,N,D); k, v: (B,K,M,D), M >= N, aligned at the last token (query i has position i + M - N).
-        sinks, windows: (K,) ints. ``windows[h] >= M`` means that the head reads everything. Sequences and CPU tensors
-            let the host send full heads to the library's dense kernel; device tensors are never read back, so then all
-            heads run in one launch of the own kernel.
+        sinks, windows: (K,) ints. ``windows[h] >= M`` means that the head reads everything. Device tensors are never
+            read back; sequences and CPU tensors let the host send full heads to the library's dense kernel.
         key_start: (B,) first real key of each row; sinks count from it.
         return_lse: also return the log-sum-exp (B,H,N), natural units, differentiable.
-        dense_full_heads: allow the split into library (full heads) and own kernel (the others).
+        dense_full_heads: True splits the work into library (full heads) and own kernel (the others), False does not;
+            None splits only where the own kernel is the portable one, because the Hopper kernel is faster unsplit.
         deterministic: backward without atomics.
 
     Returns:
@@ -49,6 +49,8 @@ def span_attention(
     if M < N:
         raise ValueError(f"span attention is causal and needs M >= N, got M={M} < N={N}")
     scale = _host.softmax_scale(scale, D)
+    if dense_full_heads is None:
+        dense_full_heads = not _rows.use_hopper(q)
     full = _full_heads(windows, M) if dense_full_heads and not return_lse and key_start is None and M == N else None
     if full is not None and len(full) == K:
         return _dense(q, k, v, scale)

@@ -1,0 +1,102 @@
+"""DuoAttention's split (Xiao et al. 2024, arXiv 2410.10819): the best kv heads keep the whole past, the others sinks and a window."""
+
+import torch
+
+from headwise.checks import finite, whole
+from headwise.errors import PlanError
+from headwise.plan import Budget, HeadPlan, Prefill, SinkWindow
+from headwise.registry import register
+from headwise.units import HeadScores, HeadSet
+
+
+@register("budget", "duo", paper="09")
+def duo(
+    scores: HeadScores,
+    *,
+    budget: Budget | str | None = None,
+    sparsity: float | None = None,
+    threshold: float | None = None,
+    sinks: int = 64,
+    window: int = 256,
+    prefill: Prefill = "masked",
+    context: int = 8192,
+    head_dim: int | None = None,
+    dtype_bytes: int = 2,
+    batch: int = 1,
+    seed: int = 0,
+) -> HeadPlan:
+    """The best kv heads of the whole model stay full, all others keep sinks and a window (DuoAttention).
+
+    Heads are compared over all L · K of them at once, so layers get unequal shares. How many stay full is said in one of three ways.
+    Heads of exactly equal scores, such as gates clamped to 0 or 1, are ordered by chance, the same for every call with one seed;
+    so a higher sparsity always keeps a subset.
+
+    budget: size of the cache at `context` tokens, e.g. 50%, 512tok or 64MiB; as many heads stay full as fit.
+    sparsity: share of heads that stream; round((1 - sparsity) · L · K) stay full.
+    threshold: heads with a score of at least this stay full. Gates of GQA models crowd near 1, where a fixed threshold saves nothing.
+    sinks: first tokens that a streaming head keeps.
+    window: latest tokens that a streaming head keeps.
+    prefill: "masked" reads the prompt as decoding will, whatever the chunks; "dense" lets each chunk see all of itself (the paper).
+    context: tokens at which the budget has to be met; longer texts take more.
+    head_dim: size of a head, needed for a budget in bytes.
+    dtype_bytes: bytes of a number in the cache, for a budget in bytes.
+    batch: rows, for a budget in bytes.
+    seed: of the order among equal scores.
+
+    Scores of query heads are reduced to kv heads by their maximum, if they know their model. Raises PlanError.
+
+    >>> gates = HeadScores(values=torch.tensor([[0.9, 0.1], [1.0, 0.3]]), kind="kv", method="duo-gates")
+    >>> print(duo(gates, sparsity=0.5, sinks=4, window=28))
+    plan of 2 × 2 kv heads by duo: 2 × full, 2 × sinks4+window28; masked prefill
+    >>> duo(gates, budget="28%", sinks=4, window=28, context=1000).full_heads() == HeadSet.parse("L1K0")
+    True
+    """
+    given = {"budget": budget, "sparsity": sparsity, "threshold": threshold}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise PlanError(f"give exactly one of budget=, sparsity= and threshold=, not {' and '.join(chosen) or 'none'}")
+    kv, other = _of_kv_heads(scores), SinkWindow(sinks, window)
+    if budget is not None:
+        amount = Budget.parse(budget) if isinstance(budget, str) else budget
+        if amount.unit == "bytes" and head_dim is None:
+            raise PlanError(f"a budget of {amount} needs head_dim=, the size of a head")
+        sizes = {"layers": kv.layers, "kv_heads": kv.units, "head_dim": head_dim or 1, "dtype_bytes": dtype_bytes}
+        full = amount.full_heads(context=context, other=other, batch=batch, **sizes)
+    elif sparsity is not None:
+        if not 0 <= finite("sparsity", sparsity, PlanError) <= 1:
+            raise PlanError(f"sparsity is {sparsity}; it must lie in [0, 1], the share of heads that stream")
+        full = round((1 - sparsity) * len(kv))
+    else:
+        full = int((kv.values >= finite("threshold", threshold, PlanError)).sum())
+    return HeadPlan.from_set(
+        _best(kv, full, seed),
+        other,
+        kv.layers,
+        kv.units,
+        prefill=prefill,
+        fingerprint=kv.fingerprint,
+        method="duo",
+        meta={"scores": kv.method, "full_heads": full, "of_heads": len(kv), "seed": seed},
+    )
+
+
+def _of_kv_heads(scores: HeadScores) -> HeadScores:
+    if not isinstance(scores, HeadScores):
+        raise PlanError(f"scores must be HeadScores, not {type(scores).__name__}; HeadScores.load reads a file of them")
+    if scores.kind == "kv":
+        return scores
+    if scores.kind == "head" and scores.fingerprint is not None:
+        return scores.to_kv(scores.fingerprint.kv_heads, "max")
+    raise PlanError(
+        f"a plan needs scores of kv heads, these are of kind {scores.kind!r} and do not know their model: "
+        "HeadScores.to_kv(kv_heads) makes them"
+    )
+
+
+def _best(scores: HeadScores, count: int, seed: int) -> HeadSet:
+    """The `count` best units; equal scores in a random order, which is the same for one seed whatever the count."""
+    generator = torch.Generator().manual_seed(whole("seed", seed, 0, PlanError))
+    shuffled = torch.randperm(len(scores), generator=generator)
+    order = scores.values.flatten()[shuffled].sort(stable=True, descending=True).indices
+    best = shuffled[order[:count]].tolist()
+    return HeadSet.of([divmod(place, scores.units) for place in best], "kv")

@@ -1,0 +1,114 @@
+"""Convert a model to mixture-of-head attention (Jin et al., arXiv 2410.11842): each token runs some of the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from headwise.attach import find_stack, fingerprint
+from headwise.registry import register
+from headwise.route._config import Kind, RouterConfig
+from headwise.route._convert import Choice
+from headwise.route._fitted import fit
+from headwise.route._router import HeadRouter
+from headwise.tasks.calibration import calibration_rows
+from headwise.units import HeadScores, HeadSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@register("route", "moh", paper="01")
+def moh(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    active: float = 0.75,
+    router: Literal["norm", "fitted", "trained", "static"] = "norm",
+    shared: Literal["first", "importance", "none"] | None = None,
+    shared_count: int | None = None,
+    shared_heads: HeadSet | None = None,
+    importance: HeadScores | None = None,
+    rounding: Literal["half-up", "floor", "ceil"] = "half-up",
+    dense_layers: int = 0,
+    active_heads: Sequence[int] | None = None,
+    scope: Literal["layer", "global"] = "layer",
+    gate_norm: Literal["official", "paper"] = "official",
+    ste_scope: Literal["selected", "all", "none"] = "selected",
+    beta: float = 0.01,
+    fit_tokens: int = 20480,
+    stack: str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> HeadRouter:
+    """Mixture-of-head attention: each token runs the shared heads and those of the others that its router chooses.
+
+    The attention output sum_h O_h W_O^h becomes sum_h g_h O_h W_O^h with gates g that are 0 for heads a token leaves out.
+    Works on decoders, encoders and vision transformers that `attach` reaches. Keys and values are untouched: the KV cache does not shrink.
+
+    active: share of the heads that run for each token; `str(router)` and its meta say how many that really are.
+    router: norm (norm of the query, no parameters: the paper's conversion), fitted (ridge regression to each head's output
+      norm; best without training), trained (the paper's router, random before training), static (the same heads for all tokens).
+    shared: which heads always run: first, importance (the best by importance) or none. Default: importance if given, else
+      first; none for the fitted router.
+    shared_count: how many; by default half of the heads.
+    shared_heads: the shared heads by address, instead of shared and shared_count.
+    importance: scores of the heads, e.g. of `headwise score taylor`.
+    rounding: of active times heads.
+    dense_layers: so many layers at the bottom keep all heads; most of the damage is done there.
+    scope: whether a static router ranks heads within each layer or over the whole model.
+    gate_norm: scale of trained gates: official (mean 1) or paper (sum at most 1).
+    ste_scope: heads whose 0/1 gates receive a straight-through gradient.
+    beta: weight of the load-balance loss in training.
+    fit_tokens: tokens of packaged English that a fitted router reads.
+    `active_heads`: number of heads that run in each layer, instead of one share for all.
+
+    Raises RouteError for counts that do not add up, WrongModelError for scores of another model.
+
+    >>> from headwise.attach import attach
+    >>> from headwise.hub import load_model
+    >>> model, tokenizer = load_model("tiny-random-llama")
+    >>> router = moh(model, tokenizer, active=0.75)
+    >>> print(router, "|", router.config.meta["kept"])
+    norm head router: kept 3 of 4 (0.750) in 3 layers, 2 of them shared | 3 of 4 (0.750)
+    >>> with attach(model, router=router):
+    ...     _ = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2, do_sample=False)
+    """
+    if router == "fitted" and shared is None and shared_heads is None and shared_count is None:
+        shared = "none"
+    choice = Choice(
+        active=active,
+        rounding=rounding,
+        active_heads=active_heads,
+        dense_layers=dense_layers,
+        shared=shared,
+        shared_count=shared_count,
+        shared_heads=shared_heads,
+        importance=importance,
+        scope=scope,
+    )
+    made = _router(model, choice, router, stack, seed, gate_norm=gate_norm, ste_scope=ste_scope, beta=beta)
+    if router == "fitted":
+        window = min(512, fit_tokens)
+        rows = calibration_rows(model, tokenizer, text=None, tokens=fit_tokens, window=window, seed=seed)
+        r2 = fit(made, model, rows, stack=stack, progress=progress)
+        found: dict[str, Any] = {
+            "fit_tokens": rows.numel(),
+            "r2_lowest": min(r2),
+            "r2_median": sorted(r2)[len(r2) // 2],
+        }
+        made.config = replace(made.config, meta={**made.config.meta, **found})
+    return made
+
+
+def _router(model: Any, choice: Choice, kind: Kind, stack: str | None, seed: int, **options: Any) -> HeadRouter:
+    """An unfitted router for a model."""
+    print_ = fingerprint(model, stack)
+    routes = choice.static(print_) if kind == "static" else choice.routes(print_)
+    width = int(find_stack(model, stack).config.hidden_size) if kind in ("trained", "fitted") else 0  # type: ignore[attr-defined]
+    meta = choice.meta(routes)
+    config = RouterConfig(layers=routes, kind=kind, width=width, fingerprint=print_, meta=meta, **options)
+    return HeadRouter(config, generator=torch.Generator().manual_seed(seed))
