@@ -91,12 +91,18 @@ def overhead(model: torch.nn.Module, tokens: int = 512, steps: int = 32) -> dict
 def plan_decode(model: torch.nn.Module, context: int, steps: int = 16) -> dict[str, float]:
     """Cache bytes and decode time at `context` tokens: half of the kv heads full, the rest 16 sinks + 128 recent."""
     stack = headwise.find_stack(model)
-    keep = headwise.HeadSet.of([(layer, k) for layer in range(stack.layers) for k in range(stack.kv_heads) if (layer + k) % 2])
+    keep = headwise.HeadSet.of(
+        [(layer, k) for layer in range(stack.layers) for k in range(stack.kv_heads) if (layer + k) % 2]
+    )
     keep = headwise.HeadSet.of(keep.pairs(), kind="kv")
     plan = headwise.HeadPlan.from_set(keep, headwise.SinkWindow(16, 128), stack.layers, stack.kv_heads)
     full = headwise.HeadPlan.full(stack.layers, stack.kv_heads)
     ids = torch.randint(100, 40000, (1, context), generator=torch.Generator().manual_seed(0))
-    caches = {"dynamic": _filled(model, ids, None), "full_plan": _filled(model, ids, full), "half_plan": _filled(model, ids, plan)}
+    caches = {
+        "dynamic": _filled(model, ids, None),
+        "full_plan": _filled(model, ids, full),
+        "half_plan": _filled(model, ids, plan),
+    }
     nbytes = {name: _bytes(cache) for name, cache in caches.items()}
 
     def decode(name: str, used: headwise.HeadPlan | None) -> Callable[[], None]:
@@ -112,7 +118,15 @@ def plan_decode(model: torch.nn.Module, context: int, steps: int = 16) -> dict[s
 
         return run
 
-    t = rounds({"dynamic": decode("dynamic", None), "full_plan": decode("full_plan", full), "half_plan": decode("half_plan", plan)}, "cpu", 3)
+    t = rounds(
+        {
+            "dynamic": decode("dynamic", None),
+            "full_plan": decode("full_plan", full),
+            "half_plan": decode("half_plan", plan),
+        },
+        "cpu",
+        3,
+    )
     return {
         "context": context,
         "dynamic_bytes": nbytes["dynamic"],
@@ -157,7 +171,9 @@ def shape_decode(shape: str, context: int, batch: int, device: str) -> dict[str,
     nbytes, formula = cache.nbytes, int(plan.bytes(context, head_dim=dim, dtype=dtype, batch=batch).sum())
     q = torch.randn(batch, heads, 1, dim, generator=generator, device=device, dtype=dtype)
     new = torch.randn(batch, kv_heads, 1, dim, generator=generator, device=device, dtype=dtype)
-    dense_k = [torch.randn(batch, kv_heads, context, dim, generator=generator, device=device, dtype=dtype) for _ in range(2)]
+    dense_k = [
+        torch.randn(batch, kv_heads, context, dim, generator=generator, device=device, dtype=dtype) for _ in range(2)
+    ]
     dense_v = [torch.randn_like(k) for k in dense_k]  # two layers in turn: 512 MiB each, no cache holds them
 
     def planned() -> None:

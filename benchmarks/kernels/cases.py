@@ -53,6 +53,7 @@ def routed(quick: bool, roof: dict):
         rows = []
         with torch.no_grad():
             base, fa2 = (milliseconds(lambda b=b: dense(q, k, v, b)) for b in ("cudnn", "fa2"))
+            base_graph = graph_milliseconds(lambda: dense(q, k, v)) if N <= 4096 else math.nan
         base_step = milliseconds(step(lambda: dense(q, k, v), [q, k, v]))
         rows.append({"N": N, "cudnn_ms": base, "tflops": dense_flops(1, N) / base / 1e9, "fa2_ms": fa2,
                      "cudnn_fwd_bwd_ms": base_step, "tflops_fwd_bwd": dense_flops(1, N, True) / base_step / 1e9})
@@ -60,10 +61,11 @@ def routed(quick: bool, roof: dict):
             active = torch.rand(1, H, N, device="cuda") < share
             with torch.no_grad():
                 ms = milliseconds(lambda: routed_attention(q, k, v, active))
-                index = milliseconds(lambda: build_rows(active))
+                index = graph_milliseconds(lambda: build_rows(active))
+                in_graph = base_graph / graph_milliseconds(lambda: routed_attention(q, k, v, active)) if N <= 4096 else math.nan
             row = {"N": N, "active": share, "ms": ms, "vs_cudnn": base / ms, "vs_fa2": fa2 / ms,
                    "tflops": share * dense_flops(1, N) / ms / 1e9, "of_matmul": share * dense_flops(1, N) / ms / 1e9 / roof["matmul_tflops"],
-                   "index_ms": index}
+                   "index_ms": index, "vs_cudnn_in_graphs": in_graph}
             ms = milliseconds(step(lambda: routed_attention(q, k, v, active), [q, k, v]))
             row |= {"fwd_bwd_ms": ms, "fwd_bwd_vs_cudnn": base_step / ms, "fwd_bwd_tflops": share * dense_flops(1, N, True) / ms / 1e9}
             rows.append(row)

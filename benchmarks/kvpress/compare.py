@@ -76,7 +76,9 @@ def run_kvpress(shared: dict[str, Any]) -> dict[str, Any]:
     from kvpress import DuoAttentionPress
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    model = AutoModelForCausalLM.from_pretrained(shared["folder"], dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        shared["folder"], dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     press = DuoAttentionPress(head_compression_ratio=float(torch.tensor(shared["streaming"]).float().mean()))
     press.post_init_from_model = lambda model: None  # the heads are given, not downloaded
     press.streaming_mask = torch.tensor(shared["streaming"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo
 from tiny_helper import generate, inputs, logits, oracle, padded, state, tiny, tokens
 
 import headwise
@@ -58,36 +59,38 @@ def test_plan_in_training_reads_by_pattern():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["nothing", "edits", "plan"])
-def test_compiled(what):
-    """torch.compile of an attached model, without a cache: whole graph, same numbers, compiled anew after detaching."""
-    import torch._dynamo
-
+def test_compiled():
+    """torch.compile makes whole graphs of an attached model without a cache, and sees what is attached and detached after it."""
     torch._dynamo.reset()
     model, batch = tiny(), {"input_ids": tokens(2, 12), "use_cache": False}
-    attach = {"nothing": {}, "edits": {"edits": EDITS}, "plan": {"plan": PLAN}}[what]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     plain = logits(model, batch)
-    with headwise.attach(model, **attach):
+    torch.testing.assert_close(logits(compiled, batch), plain, atol=1e-5, rtol=1e-5)
+    with headwise.attach(model, edits=EDITS, plan=PLAN):
         want = logits(model, batch)
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(logits(compiled, batch), want, atol=1e-5, rtol=1e-5)
-    assert what == "nothing" or not torch.allclose(want, plain, atol=1e-3)
+    assert not torch.allclose(want, plain, atol=1e-3)
     torch.testing.assert_close(logits(compiled, batch), plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_compiled_before_attaching():
-    """An attachment is seen by a model that was compiled, and run, before it."""
-    import torch._dynamo
-
+@pytest.mark.parametrize("attach", [{"edits": EDITS}, {"plan": PLAN}], ids=lambda a: "+".join(a))
+def test_compiled_decoding(attach):
+    """Prefill and single steps with the model's cache or a HeadwiseCache; torch compiles anew as the cache grows."""
     torch._dynamo.reset()
-    model, batch = tiny(), {"input_ids": tokens(2, 12), "use_cache": False}
-    compiled = torch.compile(model, backend="eager")
-    plain = logits(compiled, batch)
-    with headwise.attach(model, edits=EDITS):
-        torch.testing.assert_close(logits(compiled, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(logits(compiled, batch), plain, atol=1e-3)
-    torch.testing.assert_close(logits(compiled, batch), plain, atol=1e-5, rtol=1e-5)
+    model, ids = tiny(), tokens(2, 11)
+
+    @torch.no_grad()
+    def steps(call):
+        out, parts = None, []
+        for begin, end in ((0, 8), (8, 9), (9, 10), (10, 11)):
+            out = call(ids[:, begin:end], past_key_values=out and out.past_key_values, use_cache=True)
+            parts.append(out.logits)
+        return torch.cat(parts, dim=1)
+
+    with headwise.attach(model, **attach):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(steps(compiled), steps(model), atol=1e-5, rtol=1e-5)
 
 
 def test_attention_weights_of_an_eager_base():

@@ -77,7 +77,7 @@ class observe:  # noqa: N801 - used like a function
 
     `statistics`: any of argmax, entropy, distance, top_mass (rows of the attention), output, norm (head outputs).
     `rows`: "all", "last", or positions of the queries (real tokens of the row, 0 = first); negative ones count columns
-    from the end of each forward pass (-1 = "last"). `mass`: name -> test on key positions; records the probability mass
+    from the end of each forward pass. `mass`: name -> test on key positions; records the probability mass
     on the keys for which the test is true. `pair_mass`: name -> test on (query positions, key positions), where the keys
     that count differ from query to query: the two broadcast against each other. Memory: 4 * B * H * R bytes per
     layer and statistic, and 16 MiB of scratch; "output" keeps 4 * B * N * H * D bytes a layer.

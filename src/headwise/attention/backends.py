@@ -211,5 +211,6 @@ def _in_order(x: Tensor, order: list[int]) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """An index on the device, copied there once."""
-    return torch.tensor(numbers, device=device)
+    """An index on the device, copied there once; a normal tensor, which autograd may keep, wherever it is made."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)

@@ -126,7 +126,7 @@ def _queries(
         if mask is not None:
             offset = mask.shape[-1] - N
         elif all(g.positions is None for g in groups):
-            offset = max(g.k.shape[2] for g in groups) - N
+            offset = max((g.k.shape[2] for g in groups), default=N) - N
         else:
             raise AttentionError("offset= is needed when groups carry positions: the columns before the first query")
     if mask is not None:

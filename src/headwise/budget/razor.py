@@ -41,13 +41,15 @@ def razor(
 
     scores: of `headwise score induction`, or any other score of heads. Query heads are reduced to kv heads by their maximum.
     echo: a second table, of `headwise score echo`; without it no head is kept as an echo head.
-    budget: size of the cache at `context` tokens, e.g. 50% or 64MiB, instead of the shares: as many heads stay full as fit, echo heads in proportion to the shares.
+    budget: size of the cache at `context` tokens, e.g. 50% or 64MiB, instead of the shares: as many heads stay full as fit,
+      echo heads in proportion to the shares.
     induction_share: share of the kv heads kept for `scores`, in [0, 1].
     echo_share: share of the kv heads kept for `echo`, in [0, 1].
     sinks: first tokens of the text that every head keeps.
     s0: shortest buffer of latest tokens; texts up to s0 + sinks tokens are left alone.
     c: the buffer is one c-th of the text where that is longer than s0; at least 1.
-    weight: what the compensation token counts for: "count" as many tokens as it stands for (paper), "one" a single token (reference code), "none" leaves it out.
+    weight: what the compensation token counts for: "count" as many tokens as it stands for (paper), "one" a single token
+      (reference code), "none" leaves it out.
     sliding: fold what leaves the buffer while decoding too; otherwise the buffer grows by every new token (reference code).
     kv_heads: kv heads a layer, where `scores` does not know its model.
     context: tokens at which the budget has to be met; longer texts take more.

@@ -36,22 +36,42 @@ class Settings:
     """How much is measured."""
 
     score_tests: int = 6
-    prompts: int = 5
-    length: int = 512
-    plan_prompts: int = 3
-    plan_length: int = 1024
-    full_heads: tuple[int, ...] = (9, 23, 45)
+    prompts: int = 4
+    length: int = 448
+    out: tuple[int, ...] = (1, 3, 5)
     random_draws: int = 3
-    perplexity_tokens: int = 1024
-    moh_tokens: int = 1024
-    recovery_steps: int = 12
+    gate_length: int = 640
+    plan_prompts: int = 3
+    plan_length: int = 896
+    full_heads: tuple[int, ...] = (9, 23)
+    plan_draws: int = 2
+    perplexity_tokens: int = 640
+    moh_tokens: int = 768
+    moh_heads: tuple[int, ...] = (7, 5)
+    fit_tokens: int = 4096
+    recovery_steps: int = 10
+    recovery_window: int = 256
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Settings:
         """A first look: fewer prompts, shorter texts."""
-        return cls(score_tests=3, prompts=2, plan_prompts=2, plan_length=512, full_heads=(23,), random_draws=1,
-                   perplexity_tokens=512, moh_tokens=512, recovery_steps=3)  # fmt: skip
+        return cls(
+            score_tests=3,
+            prompts=2,
+            out=(3,),
+            random_draws=1,
+            gate_length=448,
+            plan_prompts=2,
+            plan_length=512,
+            full_heads=(23,),
+            plan_draws=1,
+            perplexity_tokens=512,
+            moh_tokens=512,
+            moh_heads=(7,),
+            fit_tokens=2048,
+            recovery_steps=3,
+        )
 
 
 @dataclass

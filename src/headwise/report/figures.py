@@ -79,7 +79,14 @@ def lines(
             if line.low is not None and line.high is not None:
                 up = [h - y for h, y in zip(line.high, line.y, strict=True)]
                 down = [y - lo for lo, y in zip(line.low, line.y, strict=True)]
-                error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 3}
+                error = {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": up,
+                    "arrayminus": down,
+                    "thickness": 1,
+                    "width": 3,
+                }
             figure.add_trace(
                 go.Scatter(
                     x=list(line.x),
@@ -103,7 +110,9 @@ def lines(
     return _style(figure, height=90 + 210 * len(panels))
 
 
-def bars(names: Sequence[str], values: Sequence[float], *, y_title: str, colours: Sequence[str] | None = None) -> go.Figure:
+def bars(
+    names: Sequence[str], values: Sequence[float], *, y_title: str, colours: Sequence[str] | None = None
+) -> go.Figure:
     """One bar a name."""
     import plotly.graph_objects as go
 

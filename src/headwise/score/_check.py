@@ -89,7 +89,9 @@ class RetrievalCheck:
             low, high = row.result.interval
             ppl = "-" if row.perplexity is None else f"{row.perplexity:.2f}"
             name = "none" if row.kind == "none" else f"{row.kind} {row.k}"
-            lines.append(f"{name:<12} {row.result.mean:6.2f} {f'{low:.2f} to {high:.2f}':>14} {row.result.tokens:7.2f} {ppl:>11}")
+            lines.append(
+                f"{name:<12} {row.result.mean:6.2f} {f'{low:.2f} to {high:.2f}':>14} {row.result.tokens:7.2f} {ppl:>11}"
+            )
         return "\n".join(lines)
 
 
@@ -116,7 +118,8 @@ def retrieval_check(
     Exact match and token accuracy on `prompts` (default: `tests` passkeys of `length` tokens), perplexity on `text_tokens` of text
     (default 2048 in windows of 1024; with phase="decode" none, as text would have to be read token by token: give a number).
     `exclude` is what no control may hold; by default the best 100 heads, or 15 % of them where that is less, and never
-    fewer than the largest `top`. `mode`: "zero" (output 0), "uniform" (attention to all keys alike) or "mean" (the head's mean output on text).
+    fewer than the largest `top`. `mode`: "zero" (output 0), "uniform" (attention to all keys
+    alike) or "mean" (the head's mean output on text).
     `phase="decode"` takes the heads out only behind the prefill, token by token; "uniform" so is what the reference code does.
 
     Raises UnitError for sizes beyond the heads that are left, WrongModelError for scores of another model, TaskError for bad prompts.
@@ -188,7 +191,9 @@ def _mean_outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 
 def _text(tokenizer: PreTrainedTokenizerBase | None, count: int, split: Literal["haystack", "eval"] = "eval") -> Tensor:
     if count and tokenizer is None:
-        raise TaskError("perplexity and mode='mean' read text, which needs a tokenizer; text_tokens=0 leaves perplexity out")
+        raise TaskError(
+            "perplexity and mode='mean' read text, which needs a tokenizer; text_tokens=0 leaves perplexity out"
+        )
     ids = encode(tokenizer, english(split)[: 12 * count]) if tokenizer is not None and count else []
     return torch.tensor(ids[:count], dtype=torch.long)
 

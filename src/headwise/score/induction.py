@@ -43,7 +43,8 @@ def induction(
     A probability mass in [0, 1]; RazorAttention's probe (arXiv 2407.15891, section 3). No text is needed, and no N x N matrix is kept.
     Gives HeadScores of kind "head", (L, H). `induction_and_echo` gives both scores of the probe from one forward pass.
 
-    length: K, random tokens before they repeat; by default 2500 as in the paper, or what the model's context holds. 256 finds the same heads in seconds.
+    length: K, random tokens before they repeat; by default 2500 as in the paper, or what the model's context holds.
+      256 finds the same heads in seconds.
     repeats: how often the K tokens stand in the probe, at least 2.
     low: smallest token id to draw; by default all ids but the special ones.
     high: one more than the largest token id to draw.

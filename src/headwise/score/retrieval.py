@@ -87,7 +87,8 @@ def retrieval(
     prompts: prompts of your own instead of `tests`, `length`, `depths` and `task`.
     count: "set" counts each token of the needle once; "sum" counts every copying step, as the reference code does (may pass 1).
     success: which tests count: "exact" the model's own tokens are the answer, "rouge" they recall more than half of its words, "any" all.
-    through: "one-forward" reads prompt and answer in one pass: the same rows as greedy decoding wherever the answer is right; "cache" feeds the answer token by token; "generate" decodes freely, up to 50 tokens or a line break.
+    through: "one-forward" reads prompt and answer in one pass: the same rows as greedy decoding wherever the answer is right;
+      "cache" feeds the answer token by token; "generate" decodes freely, up to 50 tokens or a line break.
     batch_size: prompts a forward pass, padded on the left; the scores do not depend on it.
 
     Raises TaskError where no test succeeds, or a prompt exceeds the model's context; AttachError for a model out of reach.

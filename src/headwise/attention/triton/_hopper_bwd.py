@@ -152,19 +152,18 @@ def consumer(
         bh = b * H + kvh * G + g
         lo, hi, full_lo, full_hi = row_ranges(Rank, bh, first_key, start, sink, window, N, M, ROUTED, SPANS, CAUSAL)
         if lo < hi:
-            mbarrier.wait(q_full.index(step % STAGES), (step // STAGES) & 1)
-            q_first = panels(q_smem, (step % STAGES) * P, BM, D)
-            s = warpgroup_mma(my_k, q_first.permute((1, 0)), zero, use_acc=False, is_async=True)  # (keys, rows)
-            s = warpgroup_mma_wait(0, deps=[s])
             for r in range(lo, hi, BM):
                 stage = step % STAGES
                 phase = (step // STAGES) & 1
                 q = panels(q_smem, stage * P, BM, D)
                 do = panels(do_smem, stage * P, BM, D)
+                mbarrier.wait(q_full.index(stage), phase)
+                s = warpgroup_mma(my_k, q.permute((1, 0)), zero, use_acc=False, is_async=True)  # (keys, rows)
                 mbarrier.wait(do_full.index(stage), phase)
                 dp = warpgroup_mma(my_v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
                 stats = stat_smem.index(stage)._reinterpret(gl.float32, [2, BM], flat)
                 lse2 = stats.index(0).load(row_layout)
+                s = warpgroup_mma_wait(1, deps=[s])
                 p = gl.exp2(s * scale_log2 - gl.expand_dims(lse2, 0))
                 if (r < full_lo) | (r + BM > full_hi):
                     p = mask_probabilities(p, Rows, bh, r, first, start, sink, window, N, M, ROUTED, SPANS, CAUSAL, s_layout)
@@ -189,19 +188,13 @@ def consumer(
                     dq = warpgroup_mma(ds_tile.permute((1, 0)), my_k, dq_zero, use_acc=False, is_async=True)
                 # The next scores start before dq is read back; after the last tile they are computed once for nothing.
                 step += 1
-                more = r + BM < hi
-                ahead = gl.where(more, step % STAGES, stage)
-                dk, dv = warpgroup_mma_wait(1, deps=[dk, dv])
-                mbarrier.wait(q_full.index(ahead), (step // STAGES) & 1, pred=more)
-                s = warpgroup_mma(my_k, panels(q_smem, ahead * P, BM, D).permute((1, 0)), zero, use_acc=False, is_async=True)
-                dq = warpgroup_mma_wait(1, deps=[dq])
+                dv, dk, dq = warpgroup_mma_wait(0, deps=[dv, dk, dq])
                 mbarrier.arrive(empty.index(stage), count=1)
                 tma.store_wait(0)
                 dq_smem.index(WHICH).store(dq)
                 fence_async_shared()
                 column = WHICH * 64 if D == 128 else 0
                 reduce_add(dq_desc, [(bh * tiles + r // BM) * BM, column], dq_smem.index(WHICH))
-                s = warpgroup_mma_wait(0, deps=[s])
     tma.store_wait(0)
     io: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     key = first + gl.arange(0, WG, layout=gl.SliceLayout(1, io))

@@ -38,7 +38,8 @@ def decode_partial(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial (unnormalised output, maximum, sum) of every (program, segment) pair."""
-    if PDL:  # let the merge become resident while this kernel runs; it waits for the results itself
+    if PDL:  # the merge may become resident while this kernel runs; it waits for the results itself
+        gdc_wait()
         gdc_launch_dependents()
     p = tl.program_id(0)
     share = tl.load(Share)
@@ -108,6 +109,7 @@ def decode_merge(
 ):  # fmt: skip
     """Join the partials of one (segment, tile row) by log-sum-exp, add the compensation token, normalise, write."""
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     s = tl.program_id(0)
     r = tl.program_id(1)

@@ -23,6 +23,7 @@ class SplitPlan:
     share: Tensor  # (1,) int32: blocks a program works on
     programs: int
     block: int
+    stages: int = 3  # depth of the load pipeline
 
     @property
     def segments(self) -> int:
@@ -39,7 +40,7 @@ class Compensation:
     log_count: Tensor
 
 
-def plan_splits(lengths: Tensor, *, block: int = 64, programs: int | None = None) -> SplitPlan:
+def plan_splits(lengths: Tensor, *, block: int = 64, programs: int | None = None, stages: int = 3) -> SplitPlan:
     """Cut the work of lengths (B,K) int32 (valid slots, on the device) into equal shares; one small launch, no host sync.
 
     The number of programs is fixed (two a multiprocessor by default), so a CUDA graph that holds the plan and the
@@ -60,7 +61,7 @@ def plan_splits(lengths: Tensor, *, block: int = 64, programs: int | None = None
     size = max(16, 1 << (segments - 1).bit_length())
     kernels.plan_decode[(1,)](lengths, starts, first, share, segments, programs, *lengths.stride(), K, BN=block, S=size,
                               PP=max(1, min(64, 8192 // size)), num_warps=4 if size <= 1024 else 8)
-    return SplitPlan(starts, first, share, programs, block)
+    return SplitPlan(starts, first, share, programs, block, stages)
 
 
 def ragged_decode(
@@ -126,7 +127,8 @@ def ragged_decode(
         slot_positions, query_positions, part_o, part_m, part_l,
         *q.stride()[:3], *lengths.stride(), k_stride or D, v_stride or D, scale_log2, plan.segments, plan.programs,
         BN=plan.block, CAUSAL=causal_tail and NQ > 1, POSITIONED=slot_positions is not None,
-        PRECISION=_host.dot_precision(q.dtype), STAGES=2 if q.dtype == torch.float32 or D > 128 else 3, PDL=pdl, num_warps=4, **consts,
+        PRECISION=_host.dot_precision(q.dtype), STAGES=min(plan.stages, 2) if q.dtype == torch.float32 or D > 128 else plan.stages, PDL=pdl,
+        num_warps=4, **launch, **consts,
     )  # fmt: skip
     comp = (None,) * 3 if compensation is None else _compensation(compensation, B, K, D)
     kernels.decode_merge[(B * K, G * NQ)](
