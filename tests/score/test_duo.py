@@ -1,20 +1,15 @@
 """DuoAttention's gates: the mix, its gradient, the projected optimisation, the two quick rankings, and the gate files."""
 
-import json
-
 import pytest
 import torch
 
 from headwise.attach import attach, find_stack, fingerprint
 from headwise.attach.controller import controllers
-from headwise.attach.projections import output_matrix
-from headwise.cache import HeadwiseCache
-from headwise.errors import ArtifactError, AttachError, HeadwiseError, ScoreError, TaskError
+from headwise.errors import AttachError, HeadwiseError, ScoreError, TaskError
 from headwise.hub import load_model
 from headwise.plan import HeadPlan, SinkWindow
 from headwise.score import duo_gates, duo_instant, stream_difference
 from headwise.score._gates import GateMix, GateOptimiser, frozen, trapezoid
-from headwise.score.duo import read_gates, write_gates
 from headwise.units import HeadScores
 
 STREAM = SinkWindow(4, 16)
@@ -341,106 +336,6 @@ def test_stream_difference_refuses_texts_within_the_window():
         stream_difference(model, tokenizer, length=100)
     with pytest.raises(ScoreError, match="texts is 0"):
         stream_difference(model, tokenizer, texts=0)
-
-
-# transforms of attach, which the gates are the first to use
-
-
-def test_transforms_nest_and_go_in_any_order(model):
-    ids, plain = tokens(), None
-    plain = model(ids).logits
-    doubled = attach(model, transforms=[lambda call, run: 2 * run()])
-    halved = attach(model, transforms=[lambda call, run: run() / 2])
-    assert torch.equal(model(ids).logits, plain)
-    doubled.detach()
-    assert not torch.allclose(model(ids).logits, plain)
-    halved.detach()
-    assert torch.equal(model(ids).logits, plain) and not controllers(model)
-
-
-def test_a_transform_of_the_wrong_shape_raises(model):
-    with (
-        attach(model, transforms=[lambda call, run: run()[:, :1]]),
-        pytest.raises(AttachError, match="a transform gave"),
-    ):
-        model(tokens())
-
-
-def test_a_pattern_cannot_be_read_from_a_thinned_cache(model):
-    plan = HeadPlan.uniform(STREAM, 3, 2)
-    with attach(model, plan=plan), attach(model, transforms=[lambda call, run: call.attend_pattern(STREAM)]):
-        with pytest.raises(AttachError, match="already thinned"):
-            model(tokens(), past_key_values=HeadwiseCache(plan), use_cache=True)
-
-
-def test_the_output_matrix_of_conv1d_is_turned():
-    for arch in ("llama", "gpt2", "qwen3"):
-        model, _ = load_model(f"tiny-random-{arch}")
-        module = find_stack(model).modules[0]
-        assert output_matrix(module).shape[0] == 64
-    x = torch.randn(5, 64)
-    model, _ = load_model("tiny-random-gpt2")
-    module = find_stack(model).modules[0]
-    torch.testing.assert_close(x @ output_matrix(module).T + module.c_proj.bias, module.c_proj(x))
-    with pytest.raises(AttachError, match="no output projection"):
-        output_matrix(torch.nn.ReLU())
-
-
-# the gate files of the reference
-
-
-def table(values) -> HeadScores:
-    return HeadScores(values=torch.tensor(values), kind="kv", method="duo-gates")
-
-
-def test_gate_files_round_trip(tmp_path):
-    gates = table([[1.0, 0.1234567], [0.0, 0.75]])
-    write_gates(gates, tmp_path / "new", sinks=128, window=256)
-    assert json.loads((tmp_path / "new" / "config.json").read_text()) == {"sink_size": 128, "recent_size": 256}
-    back = read_gates(tmp_path / "new")
-    assert torch.equal(back.values, gates.values) and back.meta == {"sinks": 128, "window": 256}
-
-
-def test_gate_files_of_the_reference_are_read(tmp_path):
-    """NumPy's savetxt with tabs, as the repository ships them."""
-    (tmp_path / "full_attention_heads.tsv").write_text("1.000000000000000000e+00\t9.5e-01\n0.0\t2.5e-1\n\n")
-    (tmp_path / "config.json").write_text('{"sink_size": 64, "recent_size": 256, "model": "x"}')
-    gates = read_gates(tmp_path)
-    assert gates.values.tolist() == [[1.0, pytest.approx(0.95)], [0.0, 0.25]]
-    model, _ = load_model("tiny-random-llama")
-    with pytest.raises(ValueError, match="shape"):
-        read_gates(tmp_path, fingerprint=fingerprint(model))
-
-
-@pytest.mark.parametrize(
-    "text, config, error",
-    [
-        ("1 0\n1\n", '{"sink_size": 4, "recent_size": 8}', "equally many"),
-        ("", '{"sink_size": 4, "recent_size": 8}', "equally many"),
-        ("1 x\n", '{"sink_size": 4, "recent_size": 8}', "no row of numbers"),
-        ("1 nan\n", '{"sink_size": 4, "recent_size": 8}', "not finite"),
-        ("1 0\n", '{"sink_size": -4, "recent_size": 8}', "sinks of config.json is -4"),
-        ("1 0\n", '{"recent_size": 8}', "sinks of config.json is None"),
-        ("1 0\n", "[]", "object"),
-    ],
-)
-def test_bad_gate_files_are_refused(tmp_path, text, config, error):
-    (tmp_path / "full_attention_heads.tsv").write_text(text)
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ArtifactError, match=error):
-        read_gates(tmp_path)
-    with pytest.raises(ArtifactError):
-        read_gates(tmp_path / "absent")
-
-
-def test_only_gates_are_written_as_gates(tmp_path):
-    with pytest.raises(ScoreError, match="in \\[-0.5, 1\\]"):
-        write_gates(table([[1.0, -0.5]]), tmp_path, sinks=4, window=8)
-    heads = HeadScores(values=torch.ones(1, 2), kind="head", method="x")
-    with pytest.raises(ScoreError, match="to_kv"):
-        write_gates(heads, tmp_path, sinks=4, window=8)
-    with pytest.raises(ValueError, match="window is 0"):
-        write_gates(table([[1.0]]), tmp_path, sinks=4, window=0)
 
 
 # the real model

@@ -14,7 +14,7 @@ from headwise.hub import load_model
 from headwise.score import retrieval, retrieval_check, retrieval_tests
 from headwise.score._check import controls_exclude
 from headwise.score._copying import Trace, rouge1_recall, succeeded
-from headwise.tasks import Prompt, make_passkeys
+from headwise.tasks import Prompt, exact_match, make_passkeys
 from headwise.units import HeadScores, HeadSet
 
 
@@ -230,7 +230,7 @@ def test_a_model_whose_attention_is_out_of_reach(tiny_prompts):
         ({"success": "half"}, "success"),
         ({"through": "beam"}, "through"),
         ({"task": "poem"}, "task"),
-        ({"tests": 0}, "count"),
+        ({"tests": 0}, "tests=0"),
         ({"depths": []}, "depths"),
         ({"depths": [1.5]}, "depth"),
         ({"prompts": []}, "prompts"),
@@ -348,6 +348,14 @@ def test_a_check_names_what_is_wrong(options, error, word):
         retrieval_check(model, tokenizer, scores, tests=1, length=260, text_tokens=0, **options)
 
 
+def test_no_head_taken_out_is_the_model_itself():
+    model, tokenizer = load_model("tiny-random-llama")
+    prompts = make_passkeys(tokenizer, count=2, length=260, generator=torch.Generator().manual_seed(0))
+    scores = HeadScores(values=torch.rand(3, 4), method="x")
+    check = retrieval_check(model, tokenizer, scores, top=(1,), random_sets=0, prompts=prompts, text_tokens=0)
+    assert check.intact.result == exact_match(model, prompts) and not len(check.intact.heads)
+
+
 def test_a_check_refuses_scores_of_another_model_and_of_kv_heads(wired):
     scores = retrieval(wired, None, prompts=[copy_prompt()])
     model, tokenizer = load_model("tiny-random-llama")
@@ -371,7 +379,9 @@ def test_smollm2_has_few_retrieval_heads_and_needs_them():
     scores = retrieval(model, tokenizer, tests=4, length=512)
     assert len(scores.at_least(0.1)) <= 0.2 * len(scores)
     assert "L18H6" in scores.top(3)
-    check = retrieval_check(model, tokenizer, scores, top=(3,), random_sets=1, tests=3, length=512, text_tokens=0, seed=1)
+    check = retrieval_check(
+        model, tokenizer, scores, top=(3,), random_sets=1, tests=3, length=512, text_tokens=0, seed=1
+    )
     assert check.intact.result.mean == 1
     assert check.top(3).result.mean <= 1 / 3
     assert check.random(3)[0].result.mean == 1

@@ -107,7 +107,12 @@ def lines(
     figure.update_xaxes(title=x_title, row=len(panels), col=1)
     if log_x:
         figure.update_xaxes(type="log")
-    return _style(figure, height=90 + 210 * len(panels))
+    styled = _style(figure, height=90 + 210 * len(panels))
+    if len(shown) > 3:  # a legend of many entries stands below, one a line on narrow screens
+        extra = 22 * len(shown)
+        styled.update_layout(height=styled.layout.height + 90 + extra, margin={"b": 60 + extra})
+        styled.update_layout(legend={"y": -60 / 300, "yanchor": "top"})
+    return styled
 
 
 def bars(

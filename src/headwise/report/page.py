@@ -6,6 +6,7 @@ Everything is inside the one file, plotly's script included; nothing is fetched.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ class Section:
     def to_html(self, number: int) -> str:
         """The section as HTML."""
         parts = [f'<section id="s{number}"><h2><span>{number}</span>{html.escape(self.title)}</h2>']
-        parts += [f"<p>{html.escape(p)}</p>" for p in self.text]
+        parts += [f"<p>{_prose(p)}</p>" for p in self.text]
         parts += [_figure(figure) for figure in self.figures]
         parts += [
             f'<figure class="quote"><figcaption>{html.escape(label)}</figcaption><blockquote>{html.escape(text)}</blockquote></figure>'
@@ -90,6 +91,11 @@ def render(
         f'<p class="lead">{html.escape(lead)}</p><div class="cards">{top}</div></header>\n{body}\n'
         f"<footer><dl>{rows}</dl></footer></main></body></html>\n"
     )
+
+
+def _prose(text: str) -> str:
+    """Escaped text in which `words in backticks` are code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _cell(value: Cell) -> str:
@@ -144,7 +150,9 @@ th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:6
 .again{color:var(--soft);font-size:.85rem;margin:.9em 0 .2em}
 pre{background:#111827;color:#e6edf6;border-radius:8px;padding:10px 14px;overflow-x:auto;font-size:.84rem;line-height:1.45;margin:0}
 .quote{margin:12px 0}.quote figcaption{color:var(--soft);font-size:.88rem}
-blockquote{margin:4px 0;padding:8px 14px;border-left:3px solid var(--accent);background:var(--wash);white-space:pre-wrap;overflow-wrap:anywhere;font-size:.94rem}
+blockquote{margin:4px 0;padding:8px 14px;border-left:3px solid var(--accent);background:var(--wash)}
+blockquote{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.94rem}
+p code{background:var(--wash);padding:1px 4px;border-radius:4px;font-size:.9em;overflow-wrap:anywhere}
 footer{color:var(--soft);font-size:.86rem;margin-top:28px}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 16px;margin:0}dd{margin:0;overflow-wrap:anywhere}
 """

@@ -171,9 +171,9 @@ def make_prompts(
         raise TaskError("making prompts needs a tokenizer; or give prompts= of your own")
     if task not in get_args(Task):
         raise TaskError(f"task={task!r}; choose {', '.join(get_args(Task))}")
-    places = even_depths(tests) if depths is None else list(depths)
-    if not places or tests < 1:
+    if tests < 1 or (depths is not None and not len(depths)):
         raise TaskError(f"tests={tests}, depths={depths}: at least one test at one depth is needed")
+    places = even_depths(tests) if depths is None else list(depths)
     generator = torch.Generator().manual_seed(seed)
     made = []
     for i in range(tests):

@@ -182,6 +182,7 @@ def generation(story: Story) -> Section:
     s, chosen = story.settings, story.artifacts["plan"]
     generator = torch.Generator().manual_seed(s.seed + 3)
     prompt = make_passkey(story.tokenizer, length=s.plan_length, depth=0.4, generator=generator)
+    (story.folder / "prompt.txt").write_text(prompt.text, encoding="utf-8")
     kv = story.artifacts["kv"]
     opposite = HeadPlan.from_set(kv.bottom(len(chosen.full_heads())), STREAM, kv.layers, kv.units)
     key = "".join(map(str, story.tokenizer.decode(prompt.answer_ids)))

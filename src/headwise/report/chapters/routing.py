@@ -49,6 +49,7 @@ def routing(story: Story) -> Section:
     s = story.settings
     text = held_out(story.tokenizer, s.moh_tokens)
     importance = score.taylor(story.model, story.tokenizer, tokens=512, seed=s.seed)
+    importance.save(story.folder / "taylor.safetensors")
     dense = _perplexity(story.model, text)
     rows = [Row("dense", 1.0, "all", dense)]
     for rule, options in RULES.items():
@@ -113,15 +114,16 @@ def _section(story: Story, rows: list[Row], dense: float) -> Section:
             f"At {after.heads} heads the paper's choice of shared heads gives {by_paper:.1f}; sharing the most important heads, "
             f"by a first-order score that takes seconds, {by_score:.1f}. A router fitted to predict each head's output gives {fitted:.1f}. "
             "The line to beat is pruning the same number of heads for all tokens.",
-            f"After {after.trained_tokens} tokens of training the conversion stands at {after.perplexity:.1f}; the dense model trained on the "
-            f"same tokens, which is the fair control, at {control.perplexity:.1f}.",
+            f"After {after.trained_tokens} tokens of training the conversion stands at {after.perplexity:.1f}; the dense model "
+            f"trained on the same tokens, which is the fair control, at {control.perplexity:.1f}.",
         ],
         figures=[_figure(rows, dense)],
         table=Table(
             ["rule", "heads active", "trained on", "perplexity", "over dense"],
             [[r.rule, r.heads, r.trained_tokens, r.perplexity, r.perplexity / dense] for r in rows],
         ),
-        command=f"headwise convert moh --model {story.name} --active 0.75 --shared importance --importance taylor.safetensors -o adapter/\n"
+        command=f"headwise score taylor --model {story.name} -o taylor.safetensors\n"
+        f"headwise convert moh --model {story.name} --active 0.75 --shared importance --importance taylor.safetensors -o adapter/\n"
         f"headwise eval --model {story.name} --router adapter/ --task perplexity --length 512",
         notes=[
             f"{s.moh_tokens} tokens of unseen text. No computation is saved on a CPU: heads are masked, not skipped."
