@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-from tiny_helper import DECODERS, STACKS, inputs, logits, padded, random, state, tiny, tokens
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -14,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import headwise
 from headwise import Edit, HeadEdits, HeadPlan, HeadSet, HeadwiseCache, HeadwiseError, SinkWindow
 from headwise.errors import AttachError, EditError, PlanError, UnitError, WrongModelError
+from tiny_helper import DECODERS, STACKS, inputs, logits, padded, random, state, tiny, tokens
 
 ZERO = Edit.zero(HeadSet.parse("L0H1,L1H0"))
 SMALL = SinkWindow(sinks=1, window=4)

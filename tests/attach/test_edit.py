@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_helper import generate, inputs, logits, oracle, padded, random, starts, state, tiny, tokens
 
 import headwise
 from headwise import Edit, Full, HeadEdits, HeadPlan, HeadSet, HeadwiseError, KeyGroup, SinkWindow
 from headwise.errors import AttachError, EditError
+from tiny_helper import generate, inputs, logits, oracle, padded, random, starts, state, tiny, tokens
 
 UNITS = HeadSet.parse("L0H1,L0H2:0.5,L1H0,L1H3,L2H2:0.25")
 SINK, MIDDLE, LAST = KeyGroup("sink", "0:2", 0.25), KeyGroup("middle", "3:9", 3.0), KeyGroup("last", "last", 0.0)

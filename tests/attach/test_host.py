@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch._dynamo
-from tiny_helper import generate, inputs, logits, oracle, padded, state, tiny, tokens
 
 import headwise
 from headwise import Edit, HeadPlan, HeadSet, HeadwiseCache, KeyGroup, SinkWindow
 from headwise.hub import load_model
+from tiny_helper import generate, inputs, logits, oracle, padded, state, tiny, tokens
 
 UNITS = HeadSet.parse("L0H1,L1H0,L2H2")
 EDITS = [Edit.mix_v(UNITS, 0.5), Edit.reweight(UNITS, [KeyGroup("sink", "0:2", 0.25)]), Edit.zero(HeadSet.parse("L1H3"))]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_helper import STACKS, generate, inputs, logits, oracle, padded, starts, state, tiny, tokens
 
 import headwise
 from headwise import Edit, Full, HeadPlan, HeadSet, SinkWindow
 from headwise.attach import observe as observe_module
 from headwise.errors import AttachError
+from tiny_helper import STACKS, generate, inputs, logits, oracle, padded, starts, state, tiny, tokens
 
 SOME = ("argmax", "entropy", "distance", "top_mass")
 MASS = {"sinks": lambda pos: (pos >= 0) & (pos < 2), "even": lambda pos: pos % 2 == 0}

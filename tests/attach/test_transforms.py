@@ -5,7 +5,7 @@ import torch
 
 from headwise.attach import attach, find_stack
 from headwise.attach.controller import controllers
-from headwise.attach.projections import output_matrix
+from headwise.attach.projection import head_weights, output_projection
 from headwise.cache import HeadwiseCache
 from headwise.errors import AttachError
 from headwise.hub import load_model
@@ -50,14 +50,12 @@ def test_a_pattern_cannot_be_read_from_a_thinned_cache(model):
             model(tokens(), past_key_values=HeadwiseCache(plan), use_cache=True)
 
 
-def test_the_output_matrix_of_conv1d_is_turned():
-    for arch in ("llama", "gpt2", "qwen3"):
-        model, _ = load_model(f"tiny-random-{arch}")
-        module = find_stack(model).modules[0]
-        assert output_matrix(module).shape[0] == 64
-    x = torch.randn(5, 64)
-    model, _ = load_model("tiny-random-gpt2")
-    module = find_stack(model).modules[0]
-    torch.testing.assert_close(x @ output_matrix(module).T + module.c_proj.bias, module.c_proj(x))
-    with pytest.raises(AttachError, match="no output projection"):
-        output_matrix(torch.nn.ReLU())
+def test_head_weights_are_rows_of_the_output_projection():
+    for arch, name in (("llama", "o_proj"), ("gpt2", "c_proj")):
+        stack = find_stack(load_model(f"tiny-random-{arch}")[0])
+        projection = output_projection(stack, 0)
+        assert projection is getattr(stack.modules[0], name)
+        out = torch.randn(5, stack.heads, stack.head_dim)
+        summed = torch.einsum("nhd,hdc->nc", out, head_weights(projection, stack.heads))
+        bias = 0 if projection.bias is None else projection.bias
+        torch.testing.assert_close(summed + bias, projection(out.flatten(1)))

@@ -36,7 +36,7 @@ def test_flex_is_the_reference(M, G, patterns, causal, padded, masked, seed):
     if padded:
         options["start"] = torch.randint(0, M // 2 + 1, (B,), generator=generator)
     if masked:
-        options["mask"] = torch.rand(B, 1, N, M, generator=generator) < 0.8
+        options["mask"] = torch.rand(1 + seed % B, 1, N, M, generator=generator) < 0.8
     want = attention(q, k, v, backend="reference", return_lse=True, **options)
     with torch.no_grad():
         got = attention(q, k, v, backend="flex", **options)

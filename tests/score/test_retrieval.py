@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from handwired import ECHO, INDUCTION, PREVIOUS, VOCAB, handwired_induction
-from tiny_helper import tiny
 from transformers import BloomConfig, BloomForCausalLM
 
 import headwise
+from handwired import ECHO, INDUCTION, PREVIOUS, VOCAB, handwired_induction
 from headwise.errors import AttachError, EditError, TaskError, UnitError, WrongModelError
 from headwise.hub import load_model
 from headwise.score import retrieval, retrieval_check, retrieval_tests
@@ -16,6 +15,7 @@ from headwise.score._check import controls_exclude
 from headwise.score._copying import Trace, rouge1_recall, succeeded
 from headwise.tasks import Prompt, exact_match, make_passkeys
 from headwise.units import HeadScores, HeadSet
+from tiny_helper import tiny
 
 
 def copy_prompt(seed=0, hay=20, answer=4):

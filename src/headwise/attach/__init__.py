@@ -119,4 +119,5 @@ def _check(model: nn.Module, found: Stack, stack: str | None, wanted: Interventi
     if wanted.router is not None:
         wanted.router.check(print_)
 
+
 make_callable(__name__, "attach")

@@ -139,9 +139,11 @@ class Site:
         cache = self.controller.cache
         layer = cache.layers[self.layer] if isinstance(cache, HeadwiseCache) else None
         if isinstance(layer, HeadwiseLayer) and layer.pending is not None:
-            if call.mask is not None and call.mask.shape[-1] != layer.seen + call.q.shape[2]:
+            width = self.controller.mask_width(call.mask)
+            if width not in (None, layer.seen + call.q.shape[2]):
+                layer.pending = None
                 raise CacheError(
-                    f"layer {self.layer}: the attention mask covers {call.mask.shape[-1]} columns, the cache and this "
+                    f"layer {self.layer}: the attention mask covers {width} columns, the cache and this "
                     f"input have {layer.seen} + {call.q.shape[2]}. Was the cache filled by another prompt?"
                 )
             groups, past, start = layer.take(call.start if layer.needs_start else None)
@@ -165,6 +167,7 @@ class Controller:
         self._cache: weakref.ref[Cache] | None = None  # the caller's: nothing here may keep it alive
         self._mask: Tensor | str | None = None  # the 2-D mask that the model got, or what else it got
         self._padding: tuple[Tensor | None, Tensor | None] | None = None  # real columns and start, found once a pass
+        self._fits: HeadPlan | None = None  # the plan of a cache that was found to fit
         self.interventions: list[Intervention] = []
         self.sites = [self._site(layer, module) for layer, module in enumerate(stack.modules)]
         self._hooks: list[Any] = []
@@ -233,6 +236,7 @@ class Controller:
         self._distribute()
 
     def _distribute(self) -> None:
+        self._fits = None
         plan = next((i.plan for i in self.interventions if i.plan is not None), None)
         router = next((i.router for i in self.interventions if i.router is not None), None)
         for site, module in zip(self.sites, self.stack.modules, strict=True):
@@ -307,14 +311,27 @@ class Controller:
         return replace(plan, patterns=patterns, fingerprint=None)
 
     def _must_fit(self, cache: HeadwiseCache) -> None:
-        """A given cache must keep what the attached plan says, or the plan would silently not be applied."""
+        """A given cache must keep what the attached plan says, or the plan would silently not be applied, and be whole."""
+        first, last = cache.layers[0], cache.layers[-1]
+        if first.pending is not None or last.pending is not None or first.seen != last.seen:
+            raise CacheError(
+                "a pass with this HeadwiseCache broke off between its layers, or headwise was not attached: reset() it"
+            )
+        if cache.plan is self._fits:
+            return
         plan, local = next(i.plan for i in self.interventions if i.plan is not None), self._local_plan()
         if cache.plan.patterns not in (plan.patterns, local.patterns) or cache.plan.prefill != plan.prefill:
             raise AttachError(
                 f"past_key_values holds a HeadwiseCache of another plan ({cache.plan}) than the attached one ({plan})"
             )
+        self._fits = cache.plan
 
     # -- where the tokens stand --------------------------------------------------------------------------------------
+
+    def mask_width(self, mask: Tensor | None) -> int | None:
+        """Columns of the mask as the model was given it, else of the layer's."""
+        mask = self._mask if isinstance(self._mask, Tensor) else mask
+        return None if mask is None else mask.shape[-1]
 
     def row_start(self, mask: Tensor | None) -> Tensor | None:
         """First real column of each row (B,); None without left padding."""
@@ -369,12 +386,9 @@ def sliding(pattern: Pattern, module: nn.Module) -> Pattern:
 def sliding_window(module: nn.Module) -> int | None:
     """Length of the model's own window in this layer, None where it reads everything."""
     config = getattr(module, "config", None)
-    if hasattr(module, "sliding_window"):
-        window = module.sliding_window
-    elif getattr(config, "layer_types", None) or not getattr(config, "use_sliding_window", True):
-        return None
-    else:
-        window = getattr(config, "sliding_window", None)
+    window: object = getattr(module, "sliding_window", None)
+    if not hasattr(module, "sliding_window") and not getattr(config, "layer_types", None):
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return window if isinstance(window, int) and window > 0 else None
 
 
@@ -389,19 +403,23 @@ def tensor_parallel(module: nn.Module) -> tuple[int, int]:
     return 0, 1
 
 
+def _names(cls: type[nn.Module]) -> list[str]:
+    """Names of the arguments of a module's forward, in order."""
+    return _names_of(cls.forward)
+
+
 @functools.cache
-def _signature(cls: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(cls.forward)
+def _names_of(forward: Callable) -> list[str]:
+    return [name for name in inspect.signature(forward).parameters if name != "self"]
 
 
 def _bound(cls: type[nn.Module], args: tuple, kwargs: dict) -> dict:
     """Arguments of a forward call by name."""
-    names = [n for n in _signature(cls).parameters if n != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_names(cls), args, strict=False)), **kwargs}
 
 
 def _replace_argument(cls: type[nn.Module], args: tuple, kwargs: dict, name: str, value: object) -> tuple[tuple, dict]:
-    names = [n for n in _signature(cls).parameters if n != "self"]
+    names = _names(cls)
     if name in names[: len(args)]:
         at = names.index(name)
         return (*args[:at], value, *args[at + 1 :]), kwargs

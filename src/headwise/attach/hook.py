@@ -65,7 +65,7 @@ def headwise_attention(
     """transformers' attention function: out (B, N, H, D) and, from eager bases, the weights."""
     site: Site | None = module.__dict__.get("_headwise_site")
     if site is None or not site.active:
-        base = module.config._attn_implementation.removeprefix(PREFIX)
+        base = str(module.config._attn_implementation).removeprefix(PREFIX)  # type: ignore[union-attr]
         return base_function(module, base)(module, query, key, value, attention_mask, **kwargs)
     return site.run(module, query, key, value, attention_mask, kwargs)
 

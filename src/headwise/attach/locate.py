@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -90,10 +90,15 @@ def _stacks(model: PreTrainedModel) -> dict[str, dict[int, tuple[str, nn.Module]
     return stacks
 
 
-@functools.cache
 def _uses_interface(cls: type[nn.Module]) -> bool:
+    """Does the source of its forward look an attention function up?"""
+    return _names_interface(cls.forward)
+
+
+@functools.cache
+def _names_interface(forward: Callable) -> bool:
     try:
-        source = inspect.getsource(cls.forward)
+        source = inspect.getsource(forward)
     except (OSError, TypeError):
         return False
     return "ALL_ATTENTION_FUNCTIONS" in source

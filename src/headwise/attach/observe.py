@@ -158,7 +158,8 @@ class observe:  # noqa: N801 - used like a function
             return None
         if self.rows == "last":
             return _last_columns(call)
-        if len(self.rows) and min(self.rows) < 0:  # type: ignore[type-var]
+        assert not isinstance(self.rows, str)
+        if len(self.rows) and min(self.rows) < 0:
             columns = sorted(N + int(row) for row in self.rows)
             return torch.tensor([c for c in columns if c >= 0], dtype=torch.long, device=call.q.device).expand(B, -1)
         positions = call.positions().expand(B, -1)

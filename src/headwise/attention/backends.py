@@ -1,7 +1,7 @@
 """Backends of the op: what each can do, when it is the right one, and how it runs.
 
 A backend says why it refuses a request, or why it would be chosen unasked. `auto` takes the first that would; `sdpa`
-always would. Adding a backend is one class and its place in `BACKENDS`.
+always would. Adding a backend is one class and its place in `backends`.
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ class Sdpa:
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Group by group."""
-        options = {"need_lse": request.need_lse, "dropout": request.dropout}
-        return over_groups(functools.partial(sdpa.attend, **options), request)
+        return over_groups(functools.partial(sdpa.attend, need_lse=request.need_lse, dropout=request.dropout), request)
 
 
 class Flex:
@@ -143,12 +142,17 @@ class Flex:
         return over_groups(flex.attend, request)
 
 
-BACKENDS: list[Backend] = [Sdpa(), Flex(), Reference()]
+@functools.cache
+def backends() -> tuple[Backend, ...]:
+    """All backends, in the order in which `auto` asks them."""
+    from headwise.attention.own import Own
+
+    return Own(), Sdpa(), Flex(), Reference()
 
 
 def choose(request: Request, name: str) -> tuple[Backend, Ran]:
     """The backend for a request and the reason. Raises `AttentionError` for an unknown or unable one."""
-    for backend in BACKENDS:
+    for backend in backends():
         if name == backend.name:
             why_not = backend.refuse(request)
             if why_not is not None:
@@ -159,9 +163,9 @@ def choose(request: Request, name: str) -> tuple[Backend, Ran]:
             if reason is not None:
                 return backend, Ran(backend.name, reason)
     if name == "auto":
-        refusals = "; ".join(f"{b.name}: {b.refuse(request)}" for b in BACKENDS)
+        refusals = "; ".join(f"{b.name}: {b.refuse(request)}" for b in backends())
         raise AttentionError(f"no backend can serve this call ({refusals})")
-    raise AttentionError(f"backend={name!r} is unknown; choose auto, {', '.join(b.name for b in BACKENDS)}")
+    raise AttentionError(f"backend={name!r} is unknown; choose auto, {', '.join(b.name for b in backends())}")
 
 
 def over_groups(kernel: GroupKernel, request: Request) -> tuple[Tensor, Tensor | None]:

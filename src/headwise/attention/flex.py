@@ -5,6 +5,9 @@ Only used when asked for: compilation takes tens of seconds, and CPU has no back
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -17,7 +20,10 @@ def attend(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> tuple[T
     N, S = q.shape[2], group.k.shape[2]
     pattern, offset, causal = group.pattern, queries.offset, queries.causal
     start = queries.start if queries.start is not None else q.new_zeros(q.shape[0], dtype=torch.long)
-    mask = queries.mask
+    mask = None if queries.mask is None else queries.mask.expand(q.shape[0], -1, -1, -1)
+    k, v = group.k, group.v
+    if not torch.is_grad_enabled():
+        q, k, v = q.detach(), k.detach(), v.detach()  # on CPU it refuses a leaf that wants gradients even under no_grad
 
     def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         q_pos, k_pos = i + offset - start[b], j - start[b]
@@ -27,15 +33,12 @@ def attend(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> tuple[T
         return seen if mask is None else seen & mask[b, 0, i, j]
 
     blocks = create_block_mask(rule, q.shape[0], None, N, S, device=str(q.device))
-    run = _compiled() if q.is_cuda else flex_attention
-    out = run(q, group.k, group.v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != group.k.shape[1])
+    run: Callable[..., Tensor] = _compiled() if q.is_cuda else flex_attention  # type: ignore[assignment]
+    out = run(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out, None
 
 
-_COMPILED: list = []
-
-
-def _compiled():  # noqa: ANN202 - torch.compile returns an opaque callable
-    if not _COMPILED:
-        _COMPILED.append(torch.compile(flex_attention, dynamic=True))
-    return _COMPILED[0]
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from headwise.attach import HeadCall, attach, find_stack, fingerprint
-from headwise.attach.projections import output_matrix
+from headwise.attach.projection import head_weights, output_projection
 from headwise.checks import finite, whole
 from headwise.errors import ScoreError
 from headwise.plan import SinkWindow
@@ -222,14 +222,15 @@ def stream_difference(
     whole("texts", texts, 1, ScoreError)
     pattern = _window_for(sinks, window, whole("length", length, 1, ScoreError))
     L, K = need_gates(model)
-    modules = find_stack(model).modules
+    stack = find_stack(model)
     moved = torch.zeros(L, K, dtype=torch.float64)
 
     def see(call: HeadCall, out: Tensor) -> None:
-        gap = (out - call.attend_pattern(pattern))[:, sinks + window :].flatten(2).float()  # (B, N', H * D)
-        W = output_matrix(modules[call.layer]).float()  # (C, H * D)
-        for j, columns in enumerate(torch.arange(W.shape[1], device=W.device).chunk(K)):
-            moved[call.layer, j] += (gap[..., columns] @ W[:, columns].T).norm(dim=-1).mean().item()
+        gap = (out - call.attend_pattern(pattern))[:, sinks + window :].float()  # (B, N', H, D)
+        W_HDC = head_weights(output_projection(stack, call.layer), stack.heads).float()
+        for j, heads in enumerate(torch.arange(stack.heads, device=out.device).chunk(K)):
+            change = torch.einsum("bnhd,hdc->bnc", gap[:, :, heads], W_HDC[heads])
+            moved[call.layer, j] += change.norm(dim=-1).mean().item()
 
     generator = torch.Generator().manual_seed(seed)
     source = english() if haystack is None else haystack

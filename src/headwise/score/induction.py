@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headwise.attach import fingerprint
 from headwise.attach.observe import observe
+from headwise.checks import Meta
 from headwise.errors import AttachError, TaskError
 from headwise.registry import register
 from headwise.tasks.texts import encode
@@ -134,7 +135,7 @@ def induction_and_echo(
     ids = torch.cat([torch.tensor(first, dtype=torch.long), drawn.repeat(repeats)])
     masses = probe(model, ids, period, len(first), progress)
     data = f"{period} random tokens x {repeats}"
-    meta = {"length": period, "repeats": repeats, "start_tokens": len(first), "seed": seed}
+    meta: Meta = {"length": period, "repeats": repeats, "start_tokens": len(first), "seed": seed}
     made = [
         HeadScores(values=masses[name], method=name, data=data, fingerprint=made_for, meta=meta)
         for name in ("induction", "echo")

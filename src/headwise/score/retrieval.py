@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from headwise import storage
 from headwise.attach import find_stack, fingerprint
 from headwise.attach.controller import sliding_window
+from headwise.checks import Meta
 from headwise.errors import TaskError
 from headwise.registry import register
 from headwise.score._copying import Count, Success, Through, Trace, succeeded, trace_prompts
@@ -37,7 +38,7 @@ class RetrievalTests:
     succeeded: tuple[bool, ...]
     fingerprint: Fingerprint
     data: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Meta = field(default_factory=dict)
 
     def scores(self) -> HeadScores:
         """The retrieval score: the mean over successful tests."""
@@ -152,7 +153,7 @@ def retrieval_tests(
         )
     values = torch.stack([t.score(count) for t, ok in zip(traces, right, strict=True) if ok]).float()
     what = "own prompts" if prompts is not None else f"{task} of {length} tokens"
-    meta = {"tests": len(traces), "successful": sum(right), "count": count, "success": success, "through": through}
+    meta: Meta = {"tests": len(traces), "successful": sum(right), "count": count, "success": success, "through": through}
     meta |= {"seed": seed, "sliding_layers": _sliding_layers(model)}
     data = f"{what}, {sum(right)} of {len(traces)} tests answered"
     return RetrievalTests(values, tuple(traces), right, made_for, data, meta)

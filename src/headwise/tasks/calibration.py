@@ -30,7 +30,7 @@ def calibration_rows(
         raise TaskError(f"window is {window}; the model's context is {limit} tokens")
     if text is None:
         generator = torch.Generator().manual_seed(seed)
-        ids = draw_tokens(tokenizer, english(split), tokens, generator)  # type: ignore[arg-type]
+        ids = draw_tokens(tokenizer, english(split), tokens, generator)
     else:
         ids = encode(tokenizer, text)[:tokens]
     return windows(torch.tensor(ids, dtype=torch.long), window)

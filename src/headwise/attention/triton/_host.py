@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -75,13 +75,13 @@ def softmax_scale(scale: float | None, D: int) -> float:
     return scale
 
 
-@lru_cache(maxsize=None)
+@cache
 def capability(index: int | None) -> tuple[int, int]:
     """Compute capability of a CUDA device, read once."""
     return torch.cuda.get_device_capability(index)
 
 
-@lru_cache(maxsize=None)
+@cache
 def multiprocessors(index: int | None) -> int:
     """Number of multiprocessors of a CUDA device, read once."""
     return torch.cuda.get_device_properties(index).multi_processor_count

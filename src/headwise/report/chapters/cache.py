@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import headwise
-from headwise import budget, score
+from headwise.budget.duo import duo
 from headwise.cache import HeadwiseCache
 from headwise.plan import HeadPlan, SinkWindow
 from headwise.report import figures
 from headwise.report.chapters.text import held_out
 from headwise.report.figures import COLOURS, Line
 from headwise.report.page import Card, Section, Table
+from headwise.score.duo import duo_instant
 from headwise.tasks import Prompt, even_depths, exact_match, make_passkey, perplexity
 from headwise.units import HeadScores, HeadSet
 
@@ -43,11 +44,11 @@ class PlanRun:
 def plan(story: Story) -> Section:
     """One backward pass asks which kv heads the answer needs; the best quarter keeps everything."""
     s = story.settings
-    kv = score.duo_instant(
+    kv = duo_instant(
         story.model, story.tokenizer, length=s.gate_length, sinks=STREAM.sinks, window=STREAM.recent, seed=s.seed
     )
     kv.save(story.folder / "gates.safetensors")
-    chosen = budget.duo(kv, sparsity=0.75, sinks=STREAM.sinks, window=STREAM.recent)
+    chosen = duo(kv, sparsity=0.75, sinks=STREAM.sinks, window=STREAM.recent)
     chosen.save(story.folder / "plan.json")
     story.artifacts["kv"], story.artifacts["plan"] = kv, chosen
     agreement = kv.overlap(story.artifacts["scores"].to_kv(kv.units, "max"), len(chosen.full_heads()))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from headwise import score
 from headwise.report import figures
 from headwise.report.figures import COLOURS, Line
 from headwise.report.page import Card, Section, Table
+from headwise.score import retrieval_check
+from headwise.score.retrieval import retrieval
 from headwise.tasks import wilson
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def scores(story: Story) -> Section:
     """Which heads copy the needle."""
     s = story.settings
-    found = score.retrieval(story.model, story.tokenizer, tests=s.score_tests, length=s.length, seed=s.seed)
+    found = retrieval(story.model, story.tokenizer, tests=s.score_tests, length=s.length, seed=s.seed)
     found.save(story.folder / "scores.safetensors")
     story.artifacts["scores"] = found
     values = found.values
@@ -47,7 +48,7 @@ def ablation(story: Story) -> Section:
     """Take the best heads out, and as many random others."""
     s, ranking = story.settings, story.artifacts["scores"]
     top = s.out
-    check = score.retrieval_check(
+    check = retrieval_check(
         story.model,
         story.tokenizer,
         ranking,

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 import headwise
-from headwise import route, score
 from headwise.hub import load_model
-from headwise.registry import get
 from headwise.report import figures
 from headwise.report.chapters.text import held_out
 from headwise.report.figures import COLOURS, PALETTE, Line
 from headwise.report.page import Card, Section, Table
+from headwise.route.moh import moh
+from headwise.route.train_moh import train_moh
+from headwise.score.taylor import taylor
 from headwise.tasks import perplexity
 from headwise.units import HeadScores
 
@@ -48,7 +49,7 @@ def routing(story: Story) -> Section:
     """Perplexity against active heads for several rules, then a short recovery training with its dense control."""
     s = story.settings
     text = held_out(story.tokenizer, s.moh_tokens)
-    importance = score.taylor(story.model, story.tokenizer, tokens=512, seed=s.seed)
+    importance = taylor(story.model, story.tokenizer, tokens=512, seed=s.seed)
     importance.save(story.folder / "taylor.safetensors")
     dense = _perplexity(story.model, text)
     rows = [Row("dense", 1.0, "all", dense)]
@@ -67,7 +68,7 @@ def _converted(
     options = {**options, "importance": importance} if needed else options
     if options["router"] == "fitted":
         options = {**options, "fit_tokens": s.fit_tokens}
-    router = route.moh(story.model, story.tokenizer, active=count / total, seed=s.seed, **options)
+    router = moh(story.model, story.tokenizer, active=count / total, seed=s.seed, **options)
     with headwise.attach(story.model, router=router):
         return Row(rule, count / total, f"{count} of {total}", _perplexity(story.model, text))
 
@@ -78,7 +79,7 @@ def _trained(story: Story, importance: HeadScores, text: Tensor, count: int) -> 
     rows = []
     for rule, active in ((TRAINED, count / total), ("dense", 1.0)):
         model, tokenizer = load_model(story.name, dtype=torch.float32)
-        router = get("train", "moh")(
+        router = train_moh(
             model, tokenizer, active=active, importance=importance, shared="importance", steps=s.recovery_steps,
             batch_size=1, window=s.recovery_window, learning_rate=2e-5, seed=s.seed,
         )  # fmt: skip

@@ -1,0 +1,164 @@
+"""The op's own kernels as a backend: routed queries, windows, ragged decode, on CUDA, where no library has the shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headwise.attention import sdpa
+from headwise.attention.backends import Request, over_groups
+from headwise.attention.groups import Compensation, KVGroup, Queries
+from headwise.plan import SinkWindow
+
+HEAD_DIMS = range(16, 257, 16)
+ROUTED_TOKENS = 2048  # below, masking the output of a dense library kernel is as fast
+WINDOW_TOKENS = 2048  # below, the library's masked kernel on a band of keys is as fast
+DECODE_TOKENS = 1 << 15  # kept tokens over all (row, kv head) pairs; below, launches cost more than memory
+
+
+class Own:
+    """Triton kernels of `attention.triton`. One of three forms serves a request, or none."""
+
+    name = "triton"
+
+    def refuse(self, request: Request) -> str | None:
+        """Why no kernel of ours fits; None if one does."""
+        q, first = request.q, request.groups[0]
+        if not q.is_cuda:
+            return f"it needs CUDA tensors, these are on {q.device}"
+        if not _installed():
+            return "triton is not installed"
+        if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or q.shape[-1] not in HEAD_DIMS:
+            return f"it has no {q.dtype} kernel for head dim {q.shape[-1]}"
+        if first.v.shape[-1] != q.shape[-1] or request.dropout or request.queries.mask is not None:
+            return "it takes no dropout, no mask of the model's own and no other head dim of the values"
+        return None if self._form(request) else "the call is neither routed, nor windowed, nor a decode step"
+
+    def prefer(self, request: Request) -> str | None:
+        """Only above the lengths from which it wins."""
+        form, tokens = self._form(request), request.queries.count
+        kept = sum(g.k.shape[0] * g.k.shape[1] * g.k.shape[2] for g in request.groups)
+        if form == "routed" and tokens >= ROUTED_TOKENS:
+            return f"routed queries, {tokens} tokens"
+        if form == "windowed" and tokens >= WINDOW_TOKENS:
+            return f"windows much shorter than {tokens} tokens"
+        if form == "decode" and kept >= DECODE_TOKENS:
+            return f"one query over {kept} kept tokens in ragged storage"
+        return None
+
+    def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
+        """By form."""
+        form = self._form(request)
+        if form == "routed":
+            return _routed(request)
+        if form == "decode":
+            return _decode(request)
+        return over_groups(_windowed if not request.need_lse else _windowed_lse, request)
+
+    def _form(self, request: Request) -> str | None:
+        queries, groups = request.queries, request.groups
+        if request.active is not None:
+            dense = len(groups) == 1 and groups[0].positions is None and groups[0].pattern.keeps_all
+            return "routed" if dense and not request.compensated else None
+        if not queries.causal:
+            return None
+        if queries.count == 1 and queries.start is None and not request.needs_grad:
+            return "decode" if all(_readable_whole(g, queries) for g in groups) else None
+        if request.compensated or any(g.positions is not None for g in groups):
+            return None
+        kinds = {type(g.pattern) for g in groups if not g.pattern.keeps_all}
+        return "windowed" if kinds == {SinkWindow} else None
+
+
+def _installed() -> bool:
+    from headwise.attention.triton import _host
+
+    return _host.triton_available()
+
+
+def _readable_whole(group: KVGroup, queries: Queries) -> bool:
+    """Does the one query see every slot?"""
+    S = group.k.shape[2]
+    in_order = group.positions is None and queries.offset + 1 == S and group.pattern.kept(S) == S
+    strides = group.k.stride(-1) == 1 and group.k.stride(2) == group.v.stride(2) == group.k.shape[-1]
+    return (group.complete or in_order) and strides
+
+
+def _routed(request: Request) -> tuple[Tensor, Tensor | None]:
+    from headwise.attention.triton import routed_attention
+
+    group, start = request.groups[0], request.queries.start
+    assert request.active is not None
+    found = routed_attention(
+        request.q,
+        group.k,
+        group.v,
+        request.active,
+        gate=request.gate,
+        causal=request.queries.causal,
+        scale=request.scale,
+        key_start=None if start is None else start.to(torch.int32),
+        return_lse=request.need_lse,
+    )
+    return found if isinstance(found, tuple) else (found, None)
+
+
+def _decode(request: Request) -> tuple[Tensor, Tensor | None]:
+    from headwise.attention.triton import ragged_decode_groups
+
+    groups = [(g.heads, g.k, g.v, g.k.shape[2]) for g in request.groups]
+    found = ragged_decode_groups(
+        request.q,
+        groups,
+        scale=request.scale,
+        compensation=_all_compensations(request) if request.compensated else None,
+        return_lse=request.need_lse,
+    )
+    out, lse = found if isinstance(found, tuple) else (found, None)
+    return (out if request.gate is None else out * request.gate[..., None].to(out.dtype)), lse
+
+
+def _all_compensations(request: Request) -> object:
+    """Tokens of all kv heads in order, log count -inf where a group has none."""
+    from headwise.attention.triton import Compensation as Tokens
+
+    B, K, D = request.q.shape[0], request.kv_heads, request.q.shape[-1]
+    k_hat, v_hat = request.q.new_zeros(2, B, K, D, dtype=torch.float32)
+    log_count = request.q.new_full((B, K), -torch.inf, dtype=torch.float32)
+    for group in request.groups:
+        if isinstance(group.compensation, Compensation):
+            heads = list(group.heads)
+            k_hat[:, heads], v_hat[:, heads] = group.compensation.k.float(), group.compensation.v.float()
+            log_count[:, heads] = group.compensation.log_count
+    return Tokens(k_hat, v_hat, log_count)
+
+
+def _windowed(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> tuple[Tensor, Tensor | None]:
+    return _span(q, group, queries, scale, need_lse=False)
+
+
+def _windowed_lse(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> tuple[Tensor, Tensor | None]:
+    return _span(q, group, queries, scale, need_lse=True)
+
+
+def _span(
+    q: Tensor, group: KVGroup, queries: Queries, scale: float, *, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Full heads by the library's kernel, windows by ours."""
+    if not isinstance(group.pattern, SinkWindow):
+        return sdpa.attend(q, group, queries, scale, need_lse=need_lse)
+    from headwise.attention.triton import span_attention
+
+    Kg = group.k.shape[1]
+    start = None if queries.start is None else queries.start.to(torch.int32)
+    found = span_attention(
+        q,
+        group.k,
+        group.v,
+        [group.pattern.sinks] * Kg,
+        [group.pattern.recent] * Kg,
+        scale=scale,
+        key_start=start,
+        return_lse=need_lse,
+    )
+    return found if isinstance(found, tuple) else (found, None)

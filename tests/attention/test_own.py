@@ -1,0 +1,94 @@
+"""The op's own kernels, reached through `headwise.attention` and through an attached model, against the reference."""
+
+import pytest
+import torch
+
+import headwise
+from headwise.attention import Compensation, KVGroup, attention
+from headwise.cache import HeadwiseCache
+from headwise.errors import AttentionError
+from headwise.hub import load_model
+from headwise.plan import Full, HeadPlan, SinkWindow
+
+
+def draw(*shape, seed=0, dtype=torch.bfloat16, device="cuda"):
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device, dtype=dtype)
+
+
+def close(a, b, tol=2e-2):
+    assert a.isfinite().all()
+    assert (a.float() - b.float()).norm() <= tol * b.float().norm()
+
+
+def test_without_cuda_it_refuses_and_says_so():
+    q = draw(1, 2, 4, 16, device="cpu")
+    with pytest.raises(AttentionError, match="CUDA"):
+        attention(q, q, q, backend="triton")
+    assert attention(q, q, q, explain=True).ran.backend == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("start", [None, [0, 37]])
+def test_windows(start):
+    q, k, v = draw(2, 8, 700, 64), draw(2, 4, 700, 64, seed=1), draw(2, 4, 700, 64, seed=2)
+    patterns = [Full(), SinkWindow(4, 60), SinkWindow(16, 128), Full()]
+    start = None if start is None else torch.tensor(start, device="cuda")
+    for t in (q, k, v):
+        t.requires_grad_()
+    found = attention(q, k, v, patterns=patterns, start=start, backend="triton")
+    wanted = attention(q, k, v, patterns=patterns, start=start, backend="reference")
+    close(found, wanted)
+    grad = draw(*found.shape, seed=3)
+    for a, b in zip(
+        torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(wanted, (q, k, v), grad), strict=True
+    ):
+        close(a, b)
+
+
+@pytest.mark.gpu
+def test_routed_queries():
+    q, k, v = draw(2, 8, 513, 64), draw(2, 4, 513, 64, seed=1), draw(2, 4, 513, 64, seed=2)
+    active = draw(2, 8, 513, seed=3) > 0
+    gate = draw(2, 8, 513, seed=4)
+    options = {"active": active, "gate": gate}
+    found = attention(q, k, v, **options, backend="triton")
+    close(found, attention(q, k, v, **options, backend="reference"))
+    assert (found[~active] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compensated", [False, True])
+def test_ragged_decode(compensated):
+    B, D = 3, 64
+    q = draw(B, 8, 1, D)
+    extra = Compensation(
+        draw(B, 1, D, seed=9).float(), draw(B, 1, D, seed=10).float(), torch.full((B, 1), 3.0, device="cuda")
+    )
+    groups = [
+        KVGroup((0, 2), draw(B, 2, 1000, D, seed=1), draw(B, 2, 1000, D, seed=2)),
+        KVGroup((1,), draw(B, 1, 77, D, seed=3), draw(B, 1, 77, D, seed=4), SinkWindow(4, 73),
+                torch.randperm(77, device="cuda")[None, None] + 900, complete=True,
+                compensation=extra if compensated else None),
+        KVGroup((3,), draw(B, 1, 1000, D, seed=5), draw(B, 1, 1000, D, seed=6)),
+    ]  # fmt: skip
+    options = {"groups": groups, "offset": 999, "return_lse": True}
+    found, wanted = attention(q, **options, backend="triton"), attention(q, **options, backend="reference")
+    close(found.out, wanted.out)
+    close(found.lse, wanted.lse, 1e-3)
+
+
+@pytest.mark.gpu
+def test_an_attached_model_decodes_alike_by_both_backends(monkeypatch):
+    model, _ = load_model("tiny-random-llama", device="cuda")
+    model = model.to(torch.float32)
+    plan = HeadPlan(patterns=((Full(), SinkWindow(2, 8)),) * 3)
+    ids = torch.randint(3, 90, (2, 60), generator=torch.Generator().manual_seed(0)).cuda()
+    logits = {}
+    for name, least in (("library", 1 << 40), ("own", 1)):
+        monkeypatch.setattr("headwise.attention.own.DECODE_TOKENS", least)
+        with torch.no_grad(), headwise.attach(model, plan=plan):
+            cache = HeadwiseCache(plan)
+            model(ids[:, :40], past_key_values=cache)
+            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40, 60)]
+        logits[name] = torch.cat(steps, dim=1)
+    torch.testing.assert_close(logits["own"], logits["library"], atol=2e-4, rtol=1e-3)

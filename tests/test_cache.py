@@ -1,0 +1,463 @@
+"""HeadwiseCache under single forward passes: exact for every pattern however the text is cut, and its bytes are real."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny_helper import logits, oracle, padded, random, starts, tiny, tokens
+from transformers import DynamicCache, QuantizedCache, StaticCache
+
+import headwise
+from headwise import Elastic, Full, HeadPlan, HeadwiseCache, SinkWindow
+from headwise.cache import HeadwiseLayer
+from headwise.errors import AttachError, CacheError, PlanError
+
+PATTERNS = {
+    "full": Full(),
+    "window": SinkWindow(0, 5),
+    "one": SinkWindow(0, 1),
+    "sinks and window": SinkWindow(2, 4),
+    "elastic": Elastic(1, 2, 0.25),
+    "elastic late": Elastic(2, -6, 0.5, minimum=2),
+    "longer than the text": SinkWindow(8, 64),
+}
+MIXED = HeadPlan(
+    patterns=(
+        (Full(), PATTERNS["sinks and window"]),
+        (PATTERNS["elastic"], PATTERNS["window"]),
+        (PATTERNS["elastic late"], Full()),
+    )
+)
+CUTS = {"one shot": [21], "chunks": [6, 7, 8], "prompt and steps": [12] + [1] * 9, "steps": [1] * 21, "chunks and steps": [5, 1, 6, 1, 1, 7]}
+DENSE, PADDED = {"input_ids": tokens(2, 21)}, padded([21, 12, 4])
+
+
+def run(model, batch, plan, cut, cache=None):
+    """Logits of the text cut into passes of these lengths, and the cache."""
+    cache = HeadwiseCache(plan) if cache is None else cache
+    parts, begin = [], cache.get_seq_length()
+    with headwise.attach(model, plan=plan), torch.no_grad():
+        for count in cut:
+            end = begin + count
+            extra = {}
+            if "attention_mask" in batch:
+                extra = {"attention_mask": batch["attention_mask"][:, :end], "position_ids": batch["position_ids"][:, begin:end]}
+            parts.append(model(batch["input_ids"][:, begin:end], past_key_values=cache, use_cache=True, **extra).logits)
+            begin = end
+    return torch.cat(parts, dim=1), cache
+
+
+def expected(model, batch, plan):
+    with oracle(model, patterns=plan.patterns, start=starts(batch) if "attention_mask" in batch else None):
+        return logits(model, batch)
+
+
+def close(batch, got, want, tolerance=2e-5):
+    if "attention_mask" in batch:
+        real = batch["attention_mask"].bool()[:, : got.shape[1]]
+        got, want = got[real], want[:, : got.shape[1]][real]
+    torch.testing.assert_close(got, want, atol=tolerance * float(want.abs().max()), rtol=0)
+
+
+def allocated(cache):
+    """Bytes of every tensor that the cache can reach, counted by storage, without its own help."""
+    storages, todo, seen = {}, [cache.layers], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, list | tuple):
+            todo += item
+        elif hasattr(item, "__dict__") and type(item).__module__ == "headwise.cache":
+            todo += [value for name, value in vars(item).items() if name != "start"]  # B numbers, one tensor for all layers
+    return sum(storages.values())
+
+
+# exact, however the text is cut
+
+
+@pytest.mark.parametrize("batch", [DENSE, PADDED], ids=["dense", "padded"])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, "mixed"])
+def test_every_cut_of_the_text_is_the_equation(pattern, cut, batch):
+    plan = MIXED if pattern == "mixed" else HeadPlan.uniform(PATTERNS[pattern], 3, 2)
+    model = tiny()
+    got, cache = run(model, batch, plan, cut)
+    close(batch, got, expected(model, batch, plan), 1e-4)
+    assert cache.get_seq_length() == 21 and cache.nbytes == allocated(cache)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt2", "qwen3", "qwen3-moe"])
+def test_other_architectures(name):
+    """Also models with windows of 32 of their own, of which nothing beyond is kept."""
+    model, batch = tiny(name), {"input_ids": tokens(2, 48)}
+    layers, kv_heads = headwise.find_stack(model).layers, headwise.find_stack(model).kv_heads
+    rows = [[SinkWindow(2, 6), *[Full()] * (kv_heads - 1)] if layer % 2 else [Full()] * kv_heads for layer in range(layers)]
+    plan = HeadPlan(patterns=rows)
+    want = expected(model, batch, plan)
+    assert not torch.allclose(want, logits(model, batch), atol=1e-3)
+    for cut in ([48], [20, 20, 8], [40] + [1] * 8):
+        close(batch, run(model, batch, plan, cut)[0], want, 1e-4)
+    if name == "gemma3":
+        with headwise.attach(model, plan=HeadPlan.full(layers, kv_heads)), torch.no_grad():
+            cache = model(batch["input_ids"]).past_key_values
+        assert [layer.stores[0].slots for layer in cache.layers] == [32, 32, 32, 48]
+
+
+def test_a_row_of_which_the_first_chunk_is_all_padding():
+    """Its sinks are its first real tokens, which come chunks later."""
+    model, batch, plan = tiny(), padded([20, 3]), HeadPlan.uniform(SinkWindow(1, 2), 3, 2)
+    want = expected(model, batch, plan)
+    for cut in ([5, 5, 10], [6, 6, 6, 1, 1], [1] * 20):
+        close(batch, run(model, batch, plan, cut)[0], want, 1e-4)
+
+
+def test_a_padded_row_is_the_row_alone():
+    model, plan = tiny(), MIXED
+    both, _ = run(model, PADDED, plan, [15, 1, 1, 4])
+    alone, _ = run(model, {"input_ids": PADDED["input_ids"][1:2, 9:]}, plan, [6, 1, 1, 4])
+    torch.testing.assert_close(both[1:2, 9:], alone, atol=1e-4, rtol=0)
+
+
+def test_bfloat16():
+    model = tiny(dtype=torch.bfloat16)
+    whole, cache = run(model, PADDED, MIXED, [12] + [1] * 9)
+    assert {t.dtype for layer in cache.layers for store in layer.stores for t in (store.k, store.v)} == {torch.bfloat16}
+    want, real = expected(tiny(), PADDED, MIXED), PADDED["attention_mask"].bool()
+    assert (whole[real].float() - want[real]).norm() < 0.05 * want[real].norm()
+
+
+# a dense prefill: the prompt reads all, then the pattern rules
+
+
+@pytest.mark.parametrize("pattern", [SinkWindow(2, 4), Elastic(1, 2, 0.25)], ids=str)
+@pytest.mark.parametrize("batch", [DENSE, PADDED], ids=["dense", "padded"])
+def test_dense_prefill(pattern, batch):
+    """Prompt = the model without a plan; a step then is the pattern over the very keys that the prompt left."""
+    model, plan = tiny(), HeadPlan.uniform(pattern, 3, 2, prefill="dense")
+    got, cache = run(model, batch, plan, [12, *[1] * 9])
+    close(batch, got[:, :12], logits(model, batch)[:, :12])
+    twin, _ = run_dense_then_masked(model, batch, pattern, 12)
+    close(batch, got, twin, 1e-4)
+    assert cache.nbytes == allocated(cache)
+
+
+def run_dense_then_masked(model, batch, pattern, prompt):
+    """Oracle with the model's own cache: all keys are kept, rows behind the prompt are masked by the pattern."""
+
+    class Behind:
+        def reads(self, q_pos, k_pos):
+            width = q_pos.shape[-2]
+            return Full().reads(q_pos, k_pos) if width > 1 else pattern.reads(q_pos, k_pos)
+
+    cache, parts, start = DynamicCache(config=model.config), [], starts(batch) if "attention_mask" in batch else None
+    with oracle(model, patterns=[[Behind()] * 2] * 3, start=start), torch.no_grad():
+        for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, 21))]:
+            extra = {}
+            if start is not None:
+                extra = {"attention_mask": batch["attention_mask"][:, :end], "position_ids": batch["position_ids"][:, begin:end]}
+            parts.append(model(batch["input_ids"][:, begin:end], past_key_values=cache, use_cache=True, **extra).logits)
+    return torch.cat(parts, dim=1), cache
+
+
+# compensation tokens and growing windows, against explicit means
+
+
+@pytest.mark.parametrize("pattern", [SinkWindow(2, 4), SinkWindow(0, 3), Elastic(1, 2, 0.25), Elastic(2, -3, 0.5)], ids=str)
+@pytest.mark.parametrize("compensation", ["count", "one"])
+@pytest.mark.parametrize("grow", [False, True], ids=["sliding", "grow"])
+@pytest.mark.parametrize("start", [None, [0, 9, 3]], ids=["dense", "padded"])
+def test_compensation_is_the_mean_of_what_was_dropped(pattern, compensation, grow, start):
+    """One layer by hand: after a prompt of 14 each step's groups are softmax over kept keys and one mean key of the rest."""
+    pattern = type(pattern)(**_fields(pattern) | {"compensation": compensation, "grow": grow})
+    layer = HeadwiseLayer([(pattern, (0, 1))], dense_prefill=True)
+    k, v, q = (random(3, 2, 30, 8, seed=s) for s in range(3))
+    first = torch.tensor(start) if start else None
+    for begin, end in [(0, 14), *((i, i + 1) for i in range(14, 30))]:
+        layer.update(k[:, :, begin:end], v[:, :, begin:end])
+        groups, offset, row_start = layer.take(first)
+        got = headwise.attention(q[:, :, begin:end], groups=groups, offset=offset, start=row_start)
+        for row in range(3):
+            origin = 0 if start is None else start[row]
+            for i in range(max(begin, origin), end):
+                want = _by_hand(pattern, k[row, :, origin:], v[row, :, origin:], q[row, :, i], i - origin, 14 - origin)
+                torch.testing.assert_close(got[row, :, i - begin], want, atol=2e-5, rtol=1e-5)
+        assert layer.nbytes == sum(t.untyped_storage().nbytes() for t in layer.stores[0].tensors())
+
+
+def _fields(pattern):
+    names = ("sinks", "window" if isinstance(pattern, SinkWindow) else "alpha")
+    if isinstance(pattern, SinkWindow):
+        return {"sinks": pattern.sinks, "window": pattern.recent}
+    return {"sinks": pattern.sinks, names[1]: pattern.alpha, "beta": pattern.beta, "minimum": pattern.minimum}
+
+
+def _by_hand(pattern, k, v, q, i, prompt):
+    """Query i (position) of one row: k, v (K, n, D), q (K, D); the prompt reads all."""
+    positions = torch.arange(i + 1)
+    if i < prompt:
+        kept = positions >= 0
+    else:
+        n = prompt if pattern.grow else i + 1
+        kept = (positions < pattern.sinks) | (positions >= n - pattern.window(n))
+    keys, values, logs = k[:, : i + 1][:, kept], v[:, : i + 1][:, kept], torch.zeros(int(kept.sum()))
+    dropped = int((~kept).sum())
+    if dropped:
+        keys = torch.cat([keys, k[:, : i + 1][:, ~kept].mean(1, keepdim=True)], 1)
+        values = torch.cat([values, v[:, : i + 1][:, ~kept].mean(1, keepdim=True)], 1)
+        weight = float(dropped) if pattern.compensation == "count" else 1.0
+        logs = torch.cat([logs, torch.tensor([weight]).log()])
+    weights = torch.softmax((keys @ q[:, :, None])[..., 0] * 8**-0.5 + logs, -1)
+    return (weights[..., None] * values).sum(1)
+
+
+def test_a_growing_window_is_cut_at_the_end_of_the_prompt_not_of_its_first_chunk():
+    pattern = SinkWindow(1, 4, grow=True)
+    model, plan = tiny(), HeadPlan.uniform(pattern, 3, 2)
+    whole, one = run(model, DENSE, plan, [15, *[1] * 6])
+    parts, many = run(model, DENSE, plan, [6, 4, 5, *[1] * 6])
+    close(DENSE, parts, whole, 1e-4)
+    assert {store.slots for cache in (one, many) for layer in cache.layers for store in layer.stores} == {1 + 4 + 6}
+
+
+# bytes
+
+
+def test_bytes_are_those_of_the_plan_and_of_the_tensors():
+    """Within 2 % of the formula for a long text, per layer and in the table; a full cache of transformers is the yardstick."""
+    plan = HeadPlan(patterns=((Full(), SinkWindow(16, 240)), (SinkWindow(16, 1008), Elastic(4, 0, 0.5)), (Full(), Full())))
+    cache, batch, n, D = HeadwiseCache(plan), 2, 4096, 64
+    for begin, end in [(0, 4000), *((i, i + 1) for i in range(4000, n))]:
+        for layer in cache.layers:
+            layer.update(*(torch.zeros(batch, 2, end - begin, D, dtype=torch.bfloat16) for _ in range(2)))
+            layer.take(None)
+    formula = plan.bytes(n, head_dim=D, dtype=torch.bfloat16, batch=batch)
+    for have, want in zip(cache.layer_bytes(), formula.tolist(), strict=True):
+        assert want <= have <= 1.02 * want
+    assert cache.nbytes == sum(cache.layer_bytes()) == allocated(cache)
+    assert f"{cache.nbytes / 2**20:.3f}" in cache.table().splitlines()[-1]
+    assert [line.split()[1] for line in cache.table().splitlines()[1:-1]] == [f"{b / 2**20:.3f}" for b in cache.layer_bytes()]
+    assert cache.nbytes < 0.7 * 3 * 2 * batch * 2 * n * D * 2
+
+
+def test_what_is_dropped_is_freed():
+    plan = HeadPlan.uniform(SinkWindow(2, 6), 1, 2)
+    cache = HeadwiseCache(plan)
+    k, v = random(1, 2, 4000, 16), random(1, 2, 4000, 16)
+    big = [weakref.ref(x.untyped_storage()) for x in (k, v)]
+    cache.update(k, v, 0)
+    groups, *_ = cache.layers[0].take(None)
+    assert cache.nbytes == 2 * 8 * 2 * 16 * 4 + 8 * 4
+    del k, v, groups
+    gc.collect()
+    assert all(ref() is None for ref in big)
+
+
+def test_nothing_of_the_prompts_hidden_buffers_is_kept():
+    """A store of a view (heads cut out of a larger tensor) owns its memory."""
+    plan = HeadPlan(patterns=((SinkWindow(2, 60), Full()),))
+    cache = HeadwiseCache(plan)
+    fused = random(1, 10, 6, 16)  # (B, N, heads, D), as a fused projection gives them
+    cache.update(fused.transpose(1, 2)[:, :2], fused.transpose(1, 2)[:, 2:4], 0)
+    cache.layers[0].take(None)
+    assert cache.nbytes == allocated(cache) == 4 * 10 * 16 * 4 + 10 * 4
+
+
+def test_the_buffer_of_a_full_head_grows_by_a_64th():
+    cache = HeadwiseCache(HeadPlan.full(1, 1))
+    copies, held = 0, None
+    for step in range(1200):
+        cache.update(random(1, 1, 6400 if step == 0 else 1, 4), random(1, 1, 6400 if step == 0 else 1, 4), 0)
+        cache.layers[0].take(None)
+        if cache.layers[0].stores[0].k is not held:
+            held, copies = cache.layers[0].stores[0].k, copies + 1
+        assert step == 0 or cache.layers[0].stores[0].slots <= (6400 + step) * 65 / 64 + 1
+    assert copies <= 13
+
+
+# rows
+
+
+@pytest.mark.parametrize("prefill", ["masked", "dense"])
+def test_rows_can_be_selected_repeated_and_reordered(prefill):
+    model = tiny()
+    plan = MIXED if prefill == "masked" else HeadPlan.uniform(SinkWindow(1, 3, compensation="count"), 3, 2, prefill="dense")
+    order = torch.tensor([2, 0, 0, 1])
+    want, _ = run(model, PADDED, plan, [15, 1, 1, 4])
+    for how in ("reorder", "select", "repeat"):
+        _, cache = run(model, PADDED, plan, [15, 1])
+        if how == "repeat":
+            cache.batch_repeat_interleave(2)
+            rows = torch.tensor([0, 0, 1, 1, 2, 2])
+        else:
+            getattr(cache, {"reorder": "reorder_cache", "select": "batch_select_indices"}[how])(order)
+            rows = order
+        batch = {name: x[rows] for name, x in PADDED.items()}
+        got, _ = run(model, batch, plan, [1, 4], cache)
+        real = batch["attention_mask"].bool()[:, 16:]
+        torch.testing.assert_close(got[real], want[rows][:, 16:][real], atol=1e-4, rtol=0)
+        assert cache.nbytes == allocated(cache)
+
+
+# taking back
+
+
+@pytest.mark.parametrize("name", ["window", "sinks and window", "elastic", "elastic late", "full"])
+@pytest.mark.parametrize("batch", [DENSE, PADDED], ids=["dense", "padded"])
+def test_recorded_columns_can_be_taken_back_exactly(name, batch):
+    """Draft, reject some, go on: the numbers are those of the text that was kept, and what is held shrinks again."""
+    model, plan = tiny(), HeadPlan.uniform(PATTERNS[name], 3, 2)
+    want = expected(model, batch, plan)
+    wrong = dict(batch, input_ids=torch.cat([batch["input_ids"][:, :12], (batch["input_ids"][:, 12:] + 5) % 256], dim=1))
+    _, cache = run(model, batch, plan, [12])
+    before = cache.nbytes
+    cache.activate_past_recording()
+    for _ in range(3):
+        run(model, wrong, plan, [4], cache)
+        cache.crop(-4)
+        assert cache.get_seq_length() == 12
+        assert name == "full" or cache.nbytes == before
+    got, _ = run(model, batch, plan, [5], cache)
+    cache.crop(0)
+    close({k: v[:, 12:] for k, v in batch.items()}, got, want[:, 12:17], 1e-4)
+    more, _ = run(model, batch, plan, [4], cache)
+    close({k: v[:, 17:] for k, v in batch.items()}, more, want[:, 17:], 1e-4)
+
+
+def test_crop_refuses_what_would_lose_tokens():
+    model, plan = tiny(), HeadPlan.uniform(SinkWindow(1, 4), 3, 2)
+    _, cache = run(model, DENSE, plan, [12, 1])
+    with pytest.raises(CacheError, match=r"crop\(-1\).*already dropped.*activate_past_recording"):
+        cache.crop(-1)
+    with pytest.raises(CacheError, match="negative"):
+        cache.crop(5)
+    with pytest.raises(CacheError, match="only 13 columns"):
+        cache.crop(-14)
+    cache.crop(0)
+    close(DENSE, run(model, DENSE, plan, [3], cache)[0], expected(model, DENSE, plan)[:, 13:16], 1e-4)
+
+
+def test_crop_while_nothing_was_dropped_needs_no_recording():
+    model, plan = tiny(), HeadPlan.uniform(SinkWindow(4, 20), 3, 2)
+    _, cache = run(model, DENSE, plan, [10, 1, 1])
+    cache.crop(-5)
+    got, _ = run(model, DENSE, plan, [1, 6, 7], cache)
+    close(DENSE, got, expected(model, DENSE, plan)[:, 7:], 1e-4)
+
+
+def test_recording_is_refused_where_chunks_are_read_otherwise():
+    for plan in (HeadPlan.uniform(SinkWindow(1, 4), 3, 2, prefill="dense"), HeadPlan.uniform(SinkWindow(1, 4, grow=True), 3, 2)):
+        with pytest.raises(CacheError, match="assisted generation needs"):
+            HeadwiseCache(plan).activate_past_recording()
+    HeadwiseCache(HeadPlan.full(3, 2, prefill="dense")).activate_past_recording()
+
+
+# reset, reuse, misuse
+
+
+def test_reset_frees_all_and_the_cache_can_be_used_again():
+    model, plan = tiny(), MIXED
+    want, cache = run(model, PADDED, plan, [15, 6])
+    cache.reset()
+    assert cache.nbytes == allocated(cache) == 0 and cache.get_seq_length() == 0
+    again, _ = run(model, PADDED, plan, [15, 6], cache)
+    assert torch.equal(again, want)
+    cache.reset()
+    other, _ = run(model, DENSE, plan, [21], cache)
+    close(DENSE, other, expected(model, DENSE, plan), 1e-4)
+
+
+def test_a_cache_of_another_batch_is_refused():
+    model, plan = tiny(), MIXED
+    _, cache = run(model, DENSE, plan, [21])
+    held = cache.nbytes
+    with headwise.attach(model, plan=plan), torch.no_grad():
+        with pytest.raises(CacheError, match=r"batch of 2 rows and 21 tokens.*batch of 3.*reset\(\)"):
+            model(tokens(3, 5), past_key_values=cache)
+        with pytest.raises(CacheError, match=r"covers 7 columns.*21 \+ 5.*another prompt"):
+            model(tokens(2, 5), attention_mask=torch.tensor([[0] + [1] * 6, [1] * 7]), past_key_values=cache)
+        assert cache.nbytes == held
+        model(tokens(2, 5), past_key_values=cache)  # what was refused did no harm
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_pass_that_broke_off_is_noticed():
+    model, cache = tiny(), HeadwiseCache(MIXED)
+
+    def fail(call, out):
+        if call.layer == 1:
+            raise ZeroDivisionError
+
+    with headwise.attach(model, plan=MIXED), torch.no_grad():
+        with headwise.attach(model, observers=[fail]), pytest.raises(ZeroDivisionError):
+            model(tokens(1, 5), past_key_values=cache)
+        with pytest.raises(CacheError, match=r"broke off.*reset\(\)"):
+            model(tokens(1, 5), past_key_values=cache)
+        cache.reset()
+        model(tokens(1, 5), past_key_values=cache)
+
+
+def test_a_model_that_is_not_attached_is_noticed():
+    model, cache = tiny(), HeadwiseCache(MIXED)
+    with torch.no_grad():
+        model(tokens(1, 5), past_key_values=cache)
+        with pytest.raises(CacheError, match="not attached"):
+            model(tokens(1, 1), past_key_values=cache)
+        with headwise.attach(model, edits=headwise.Edit.zero(headwise.HeadSet.parse("L0H0"))), pytest.raises(CacheError, match="not attached"):
+            model(tokens(1, 1), past_key_values=cache)
+
+
+def test_a_cache_of_another_plan_is_refused():
+    model, other = tiny(), HeadwiseCache(HeadPlan.uniform(SinkWindow(1, 4), 3, 2))
+    for plan in (HeadPlan.full(3, 2), HeadPlan.uniform(SinkWindow(1, 4), 3, 2, prefill="dense")):
+        with headwise.attach(model, plan=plan), pytest.raises(AttachError, match="another plan"):
+            model(tokens(1, 5), past_key_values=other)
+    with headwise.attach(model, plan=HeadPlan.full(3, 2)), pytest.raises(AttachError, match="another plan"):
+        model(tokens(1, 5), past_key_values=HeadwiseCache(HeadPlan.full(2, 2)))
+
+
+def test_caches_that_a_plan_cannot_use_are_refused_by_name():
+    model = tiny()
+    filled = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(1, 3), past_key_values=filled)
+    caches = [
+        StaticCache(config=model.config, max_cache_len=16),
+        DynamicCache(config=model.config, offloading=True),
+        filled,
+    ]
+    with headwise.attach(model, plan=MIXED):
+        for cache in caches:
+            with pytest.raises(AttachError, match=f"{type(cache).__name__}.*static, offloaded, quantised or already filled"):
+                model(tokens(1, 5), past_key_values=cache)
+        quantized = QuantizedCache.__new__(QuantizedCache)  # its backends are not installed; the type is what counts
+        with pytest.raises(AttachError, match="QuantizedCache"):
+            model(tokens(1, 5), past_key_values=quantized)
+    with pytest.raises(CacheError, match="cannot be offloaded"):
+        HeadwiseCache(MIXED).layers[0].offload()
+
+
+def test_a_compensation_token_needs_a_dense_prefill():
+    with pytest.raises(PlanError, match="prefill='dense'"):
+        HeadwiseCache(HeadPlan.uniform(SinkWindow(1, 4, compensation="count"), 1, 1))
+
+
+def test_the_wrong_number_of_kv_heads():
+    cache = HeadwiseCache(HeadPlan.full(1, 3))
+    with pytest.raises(CacheError, match="3 kv heads.*gives 2"):
+        cache.update(random(1, 2, 4, 8), random(1, 2, 4, 8), 0)
+    with pytest.raises(CacheError, match="nothing to read"):
+        cache.layers[0].take(None)
+
+
+def test_beyond_the_context_of_the_model():
+    """A plan bounds memory, not positions: rotary positions go on counting as the model's would, learned ones end."""
+    model = tiny("gpt2")
+    plan = HeadPlan.uniform(SinkWindow(1, 4), 3, 4)
+    with headwise.attach(model, plan=plan), torch.no_grad(), pytest.raises(IndexError):
+        model(tokens(1, 4097))
+    assert model.config._attn_implementation == "sdpa"
