@@ -16,7 +16,7 @@ VERBS = ("route", "score", "budget", "steer", "scale")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "callable_module"),
     ("checks", "registry", "storage", "addresses", "units", "patterns", "plan", "selection", "edits"),
-    ("attention", "cache", "attach", "hub", "models", "tasks"),
+    ("attention", "stores", "cache", "attach", "hub", "models", "tasks"),
     VERBS,
     ("papers", "report", "bench", ""),  # "" is the package itself: `import headwise`, the public face
     ("cli", "__main__"),

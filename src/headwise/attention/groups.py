@@ -77,7 +77,7 @@ class Queries:
 def key_positions(group: KVGroup, queries: Queries) -> Tensor:
     """Positions of a group's slots, (1 or B, 1 or Kg, S); negative for empty slots and padding."""
     if group.positions is not None:
-        return group.positions
+        return group.positions.long()
     columns = torch.arange(group.k.shape[2], device=group.k.device)[None, None]
     return columns if queries.start is None else columns - queries.start[:, None, None]
 

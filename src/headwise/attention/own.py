@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -104,18 +106,52 @@ def _routed(request: Request) -> tuple[Tensor, Tensor | None]:
 
 
 def _decode(request: Request) -> tuple[Tensor, Tensor | None]:
-    from headwise.attention.triton import ragged_decode_groups
+    from headwise.attention.triton import ragged_decode
 
-    groups = [(g.heads, g.k, g.v, g.k.shape[2]) for g in request.groups]
-    found = ragged_decode_groups(
+    groups, B, device = request.groups, request.q.shape[0], request.q.device
+    places = tuple((g.heads, *_address(g.k), *_address(g.v)) for g in groups)
+    k_ptr, v_ptr = _pointers(places, B, request.q.element_size(), device)
+    lengths = _lengths(tuple((g.heads, g.k.shape[2]) for g in groups), B, device)
+    found = ragged_decode(
         request.q,
-        groups,
+        k_ptr,
+        v_ptr,
+        lengths,
         scale=request.scale,
         compensation=_all_compensations(request) if request.compensated else None,
         return_lse=request.need_lse,
     )
     out, lse = found if isinstance(found, tuple) else (found, None)
     return (out if request.gate is None else out * request.gate[..., None].to(out.dtype)), lse
+
+
+def _address(x: Tensor) -> tuple[int, int, int]:
+    """Where a storage (B, Kg, S, D) begins, and the elements between its rows and between its heads."""
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pointers(places: tuple, B: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Data pointers of keys and values by (row, kv head), (B, K) int64 on the device.
+
+    A function of the addresses alone, so a table can be kept; storages stay where they are for many steps.
+    """
+    K = sum(len(heads) for heads, *_ in places)
+    tables = [[[0] * K for _ in range(B)] for _ in range(2)]
+    for heads, *addresses in places:
+        for table, (base, row, head) in zip(tables, (addresses[:3], addresses[3:]), strict=True):
+            for b in range(B):
+                for place, h in enumerate(heads):
+                    table[b][h] = base + (b * row + place * head) * size
+    both = torch.tensor(tables, dtype=torch.int64).to(device, non_blocking=True)
+    return both[0], both[1]
+
+
+@functools.lru_cache(maxsize=256)
+def _lengths(slots: tuple, B: int, device: torch.device) -> Tensor:
+    """Slots by (row, kv head), (B, K) int32 on the device; layers of the same structure share it."""
+    by_head = sorted((h, count) for heads, count in slots for h in heads)
+    return torch.tensor([[count for _, count in by_head]] * B, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def _all_compensations(request: Request) -> object:

@@ -176,7 +176,7 @@ def gap_closed(metrics: dict[str, float], baselines: dict[str, float], rule: str
 # shared by both
 
 
-def _convert(model: Any, rule: str, active: float, importance: HeadScores) -> HeadRouter:
+def _convert(model: Any, rule: Any, active: float, importance: HeadScores) -> HeadRouter:
     """The paper's norm router with half of the heads shared: the first, none, or the most important ones."""
     given = importance if rule == "importance" else None
     return moh(model, None, active=active, shared=rule, importance=given)

@@ -88,13 +88,14 @@ def _trainer(model: Any, rows: Tensor, recipe: Recipe, folder: str, progress: bo
         warmup_steps=max(1, recipe.steps // 10),
         lr_scheduler_type="linear",
         seed=recipe.seed,
+        use_cpu=model.device.type == "cpu",  # the model stays where its owner put it
         logging_steps=1,
         report_to=[],
         disable_tqdm=not progress,
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or 1,
-        bf16=torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        bf16=model.device.type == "cuda",
+        dataloader_pin_memory=model.device.type == "cuda",
     )
     dataset = [{"input_ids": row, "labels": row} for row in rows]
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset)

@@ -38,9 +38,9 @@ def make_dialects(
     Tokens 0 … vocabulary - 1 are words, the next `dialects` ones name the dialects. With a share p of random answers no
     model does better than the entropy of the answer: about 0.65 nats for p = 0.1 and 32 words.
 
-    >>> made = make_dialects(2, length=5, noise=0.0, generator=torch.Generator().manual_seed(0))
+    >>> made = make_dialects(2, length=6, noise=0.0, generator=torch.Generator().manual_seed(0))
     >>> row, d = made.ids[0], int(made.dialect[0]) + 1
-    >>> bool((made.labels[0, 1 + d + 1 :] == row[1 : 5 - d]).all())
+    >>> bool((made.labels[0, 1 + d + 1 :] == row[1 : 6 - d]).all())
     True
     """
     whole("count", count, 1, TaskError)
