@@ -10,6 +10,7 @@ Every ratio is the median over rounds in which both sides ran in turn; the corre
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -176,10 +177,22 @@ def shape_decode(shape: str, context: int, batch: int, device: str) -> dict[str,
     ]
     dense_v = [torch.randn_like(k) for k in dense_k]  # two layers in turn: 512 MiB each, no cache holds them
 
-    def planned() -> None:
+    taken = []
+    for layer in range(layers):
+        cache.update(new, new, layer)
+        taken.append(cache.layers[layer].take(None)[:2])
+    ran = headwise.attention(q, groups=taken[0][0], offset=taken[0][1], explain=True).ran
+    gate(q, *taken[0])
+
+    def step() -> None:
+        """A decode step's work on the cache: store the token, then attend, in every layer."""
         for layer in range(layers):
             cache.update(new, new, layer)
             groups, offset, _ = cache.layers[layer].take(None)
+            headwise.attention(q, groups=groups, offset=offset)
+
+    def attend() -> None:
+        for groups, offset in taken:
             headwise.attention(q, groups=groups, offset=offset)
 
     def dense() -> None:
@@ -187,19 +200,50 @@ def shape_decode(shape: str, context: int, batch: int, device: str) -> dict[str,
             for layer in range(layers):
                 F.scaled_dot_product_attention(q, dense_k[layer % 2], dense_v[layer % 2], enable_gqa=heads != kv_heads)
 
-    t = rounds({"dense": dense, "planned": planned}, device, 20)
+    sides = {"dense": dense, "attend": attend, "step": step}
+    t = rounds(sides, device, 20)
+    if device == "cuda":
+        graphs = {f"{name}_graph": captured(sides[name]).replay for name in ("dense", "attend")}
+        t |= rounds(graphs, device, 20)
     read = 2 * batch * layers * dim * 2
-    return {
+    found = {
         "context": context,
         "batch": batch,
         "bytes": nbytes,
         "bytes_over_formula": nbytes / formula,
-        "dense_ms": 1e3 * t["dense"],
-        "planned_ms": 1e3 * t["planned"],
-        "planned_over_dense": t["planned"] / t["dense"],
+        "backend": f"{ran.backend}: {ran.reason}",
+        **{f"{name}_ms": 1e3 * seconds for name, seconds in t.items()},
+        "step_over_dense": t["step"] / t["dense"],
+        "attend_over_dense": t["attend"] / t["dense"],
         "dense_TBps": read * kv_heads * context / t["dense"] / 1e12,
-        "planned_TBps": formula / t["planned"] / 1e12,
     }
+    if device == "cuda":
+        found["attend_over_dense_graph"] = t["attend_graph"] / t["dense_graph"]
+        found["attend_graph_TBps"] = formula / t["attend_graph"] / 1e12
+        found["dense_graph_TBps"] = read * kv_heads * context / t["dense_graph"] / 1e12
+    return found
+
+
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The kernels of one call, without the host's time."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def gate(q: torch.Tensor, groups: list, offset: int) -> None:
+    """No figure without the right result: against the reference, one row at a time in float32."""
+    row = [dataclasses.replace(g, k=g.k[:1], v=g.v[:1]) for g in groups]
+    found = headwise.attention(q[:1], groups=row, offset=offset)
+    wanted = headwise.attention(q[:1], groups=row, offset=offset, backend="reference")
+    error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
+    assert error < 1e-2, f"gate: error {error}"
 
 
 def main() -> int:

@@ -1,17 +1,13 @@
 """HeadwiseCache under single forward passes: exact for every pattern however the text is cut, and its bytes are real."""
 
-import gc
-import weakref
-
 import pytest
 import torch
-from tiny_helper import logits, oracle, padded, random, starts, tiny, tokens
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import headwise
 from headwise import Elastic, Full, HeadPlan, HeadwiseCache, SinkWindow
-from headwise.cache import HeadwiseLayer
 from headwise.errors import AttachError, CacheError, PlanError
+from tiny_helper import allocated, logits, oracle, padded, random, starts, tiny, tokens
 
 PATTERNS = {
     "full": Full(),
@@ -29,7 +25,13 @@ MIXED = HeadPlan(
         (PATTERNS["elastic late"], Full()),
     )
 )
-CUTS = {"one shot": [21], "chunks": [6, 7, 8], "prompt and steps": [12] + [1] * 9, "steps": [1] * 21, "chunks and steps": [5, 1, 6, 1, 1, 7]}
+CUTS = {
+    "one shot": [21],
+    "chunks": [6, 7, 8],
+    "prompt and steps": [12] + [1] * 9,
+    "steps": [1] * 21,
+    "chunks and steps": [5, 1, 6, 1, 1, 7],
+}
 DENSE, PADDED = {"input_ids": tokens(2, 21)}, padded([21, 12, 4])
 
 
@@ -42,7 +44,10 @@ def run(model, batch, plan, cut, cache=None):
             end = begin + count
             extra = {}
             if "attention_mask" in batch:
-                extra = {"attention_mask": batch["attention_mask"][:, :end], "position_ids": batch["position_ids"][:, begin:end]}
+                extra = {
+                    "attention_mask": batch["attention_mask"][:, :end],
+                    "position_ids": batch["position_ids"][:, begin:end],
+                }
             parts.append(model(batch["input_ids"][:, begin:end], past_key_values=cache, use_cache=True, **extra).logits)
             begin = end
     return torch.cat(parts, dim=1), cache
@@ -58,23 +63,6 @@ def close(batch, got, want, tolerance=2e-5):
         real = batch["attention_mask"].bool()[:, : got.shape[1]]
         got, want = got[real], want[:, : got.shape[1]][real]
     torch.testing.assert_close(got, want, atol=tolerance * float(want.abs().max()), rtol=0)
-
-
-def allocated(cache):
-    """Bytes of every tensor that the cache can reach, counted by storage, without its own help."""
-    storages, todo, seen = {}, [cache.layers], set()
-    while todo:
-        item = todo.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, list | tuple):
-            todo += item
-        elif hasattr(item, "__dict__") and type(item).__module__ in ("headwise.cache", "headwise.stores"):
-            todo += [value for name, value in vars(item).items() if name != "start"]  # B numbers, one tensor for all layers
-    return sum(storages.values())
 
 
 # exact, however the text is cut
@@ -96,7 +84,9 @@ def test_other_architectures(name):
     """Also models with windows of 32 of their own, of which nothing beyond is kept."""
     model, batch = tiny(name), {"input_ids": tokens(2, 48)}
     layers, kv_heads = headwise.find_stack(model).layers, headwise.find_stack(model).kv_heads
-    rows = [[SinkWindow(2, 6), *[Full()] * (kv_heads - 1)] if layer % 2 else [Full()] * kv_heads for layer in range(layers)]
+    rows = [
+        [SinkWindow(2, 6), *[Full()] * (kv_heads - 1)] if layer % 2 else [Full()] * kv_heads for layer in range(layers)
+    ]
     plan = HeadPlan(patterns=rows)
     want = expected(model, batch, plan)
     assert not torch.allclose(want, logits(model, batch), atol=1e-3)
@@ -159,60 +149,12 @@ def run_dense_then_masked(model, batch, pattern, prompt):
         for begin, end in [(0, prompt), *((i, i + 1) for i in range(prompt, 21))]:
             extra = {}
             if start is not None:
-                extra = {"attention_mask": batch["attention_mask"][:, :end], "position_ids": batch["position_ids"][:, begin:end]}
+                extra = {
+                    "attention_mask": batch["attention_mask"][:, :end],
+                    "position_ids": batch["position_ids"][:, begin:end],
+                }
             parts.append(model(batch["input_ids"][:, begin:end], past_key_values=cache, use_cache=True, **extra).logits)
     return torch.cat(parts, dim=1), cache
-
-
-# compensation tokens and growing windows, against explicit means
-
-
-@pytest.mark.parametrize("pattern", [SinkWindow(2, 4), SinkWindow(0, 3), Elastic(1, 2, 0.25), Elastic(2, -3, 0.5)], ids=str)
-@pytest.mark.parametrize("compensation", ["count", "one"])
-@pytest.mark.parametrize("grow", [False, True], ids=["sliding", "grow"])
-@pytest.mark.parametrize("start", [None, [0, 9, 3]], ids=["dense", "padded"])
-def test_compensation_is_the_mean_of_what_was_dropped(pattern, compensation, grow, start):
-    """One layer by hand: after a prompt of 14 each step's groups are softmax over kept keys and one mean key of the rest."""
-    pattern = type(pattern)(**_fields(pattern) | {"compensation": compensation, "grow": grow})
-    layer = HeadwiseLayer([(pattern, (0, 1))], dense_prefill=True)
-    k, v, q = (random(3, 2, 30, 8, seed=s) for s in range(3))
-    first = torch.tensor(start) if start else None
-    for begin, end in [(0, 14), *((i, i + 1) for i in range(14, 30))]:
-        layer.update(k[:, :, begin:end], v[:, :, begin:end])
-        groups, offset, row_start = layer.take(first)
-        got = headwise.attention(q[:, :, begin:end], groups=groups, offset=offset, start=row_start)
-        for row in range(3):
-            origin = 0 if start is None else start[row]
-            for i in range(max(begin, origin), end):
-                want = _by_hand(pattern, k[row, :, origin:], v[row, :, origin:], q[row, :, i], i - origin, 14 - origin)
-                torch.testing.assert_close(got[row, :, i - begin], want, atol=2e-5, rtol=1e-5)
-        assert layer.nbytes == sum(t.untyped_storage().nbytes() for t in layer.stores[0].tensors())
-
-
-def _fields(pattern):
-    names = ("sinks", "window" if isinstance(pattern, SinkWindow) else "alpha")
-    if isinstance(pattern, SinkWindow):
-        return {"sinks": pattern.sinks, "window": pattern.recent}
-    return {"sinks": pattern.sinks, names[1]: pattern.alpha, "beta": pattern.beta, "minimum": pattern.minimum}
-
-
-def _by_hand(pattern, k, v, q, i, prompt):
-    """Query i (position) of one row: k, v (K, n, D), q (K, D); the prompt reads all."""
-    positions = torch.arange(i + 1)
-    if i < prompt:
-        kept = positions >= 0
-    else:
-        n = prompt if pattern.grow else i + 1
-        kept = (positions < pattern.sinks) | (positions >= n - pattern.window(n))
-    keys, values, logs = k[:, : i + 1][:, kept], v[:, : i + 1][:, kept], torch.zeros(int(kept.sum()))
-    dropped = int((~kept).sum())
-    if dropped:
-        keys = torch.cat([keys, k[:, : i + 1][:, ~kept].mean(1, keepdim=True)], 1)
-        values = torch.cat([values, v[:, : i + 1][:, ~kept].mean(1, keepdim=True)], 1)
-        weight = float(dropped) if pattern.compensation == "count" else 1.0
-        logs = torch.cat([logs, torch.tensor([weight]).log()])
-    weights = torch.softmax((keys @ q[:, :, None])[..., 0] * 8**-0.5 + logs, -1)
-    return (weights[..., None] * values).sum(1)
 
 
 def test_a_growing_window_is_cut_at_the_end_of_the_prompt_not_of_its_first_chunk():
@@ -224,68 +166,17 @@ def test_a_growing_window_is_cut_at_the_end_of_the_prompt_not_of_its_first_chunk
     assert {store.slots for cache in (one, many) for layer in cache.layers for store in layer.stores} == {1 + 4 + 6}
 
 
-# bytes
-
-
-def test_bytes_are_those_of_the_plan_and_of_the_tensors():
-    """Within 2 % of the formula for a long text, per layer and in the table; a full cache of transformers is the yardstick."""
-    plan = HeadPlan(patterns=((Full(), SinkWindow(16, 240)), (SinkWindow(16, 1008), Elastic(4, 0, 0.5)), (Full(), Full())))
-    cache, batch, n, D = HeadwiseCache(plan), 2, 4096, 64
-    for begin, end in [(0, 4000), *((i, i + 1) for i in range(4000, n))]:
-        for layer in cache.layers:
-            layer.update(*(torch.zeros(batch, 2, end - begin, D, dtype=torch.bfloat16) for _ in range(2)))
-            layer.take(None)
-    formula = plan.bytes(n, head_dim=D, dtype=torch.bfloat16, batch=batch)
-    for have, want in zip(cache.layer_bytes(), formula.tolist(), strict=True):
-        assert want <= have <= 1.02 * want
-    assert cache.nbytes == sum(cache.layer_bytes()) == allocated(cache)
-    assert f"{cache.nbytes / 2**20:.3f}" in cache.table().splitlines()[-1]
-    assert [line.split()[1] for line in cache.table().splitlines()[1:-1]] == [f"{b / 2**20:.3f}" for b in cache.layer_bytes()]
-    assert cache.nbytes < 0.7 * 3 * 2 * batch * 2 * n * D * 2
-
-
-def test_what_is_dropped_is_freed():
-    plan = HeadPlan.uniform(SinkWindow(2, 6), 1, 2)
-    cache = HeadwiseCache(plan)
-    k, v = random(1, 2, 4000, 16), random(1, 2, 4000, 16)
-    big = [weakref.ref(x.untyped_storage()) for x in (k, v)]
-    cache.update(k, v, 0)
-    groups, *_ = cache.layers[0].take(None)
-    assert cache.nbytes == 2 * 8 * 2 * 16 * 4 + 8 * 4
-    del k, v, groups
-    gc.collect()
-    assert all(ref() is None for ref in big)
-
-
-def test_nothing_of_the_prompts_hidden_buffers_is_kept():
-    """A store of a view (heads cut out of a larger tensor) owns its memory."""
-    plan = HeadPlan(patterns=((SinkWindow(2, 60), Full()),))
-    cache = HeadwiseCache(plan)
-    fused = random(1, 10, 6, 16)  # (B, N, heads, D), as a fused projection gives them
-    cache.update(fused.transpose(1, 2)[:, :2], fused.transpose(1, 2)[:, 2:4], 0)
-    cache.layers[0].take(None)
-    assert cache.nbytes == allocated(cache) == 4 * 10 * 16 * 4 + 10 * 4
-
-
-def test_the_buffer_of_a_full_head_grows_by_a_64th():
-    cache = HeadwiseCache(HeadPlan.full(1, 1))
-    copies, held = 0, None
-    for step in range(1200):
-        cache.update(random(1, 1, 6400 if step == 0 else 1, 4), random(1, 1, 6400 if step == 0 else 1, 4), 0)
-        cache.layers[0].take(None)
-        if cache.layers[0].stores[0].k is not held:
-            held, copies = cache.layers[0].stores[0].k, copies + 1
-        assert step == 0 or cache.layers[0].stores[0].slots <= (6400 + step) * 65 / 64 + 1
-    assert copies <= 13
-
-
 # rows
 
 
 @pytest.mark.parametrize("prefill", ["masked", "dense"])
 def test_rows_can_be_selected_repeated_and_reordered(prefill):
     model = tiny()
-    plan = MIXED if prefill == "masked" else HeadPlan.uniform(SinkWindow(1, 3, compensation="count"), 3, 2, prefill="dense")
+    plan = (
+        MIXED
+        if prefill == "masked"
+        else HeadPlan.uniform(SinkWindow(1, 3, compensation="count"), 3, 2, prefill="dense")
+    )
     order = torch.tensor([2, 0, 0, 1])
     want, _ = run(model, PADDED, plan, [15, 1, 1, 4])
     for how in ("reorder", "select", "repeat"):
@@ -312,7 +203,9 @@ def test_recorded_columns_can_be_taken_back_exactly(name, batch):
     """Draft, reject some, go on: the numbers are those of the text that was kept, and what is held shrinks again."""
     model, plan = tiny(), HeadPlan.uniform(PATTERNS[name], 3, 2)
     want = expected(model, batch, plan)
-    wrong = dict(batch, input_ids=torch.cat([batch["input_ids"][:, :12], (batch["input_ids"][:, 12:] + 5) % 256], dim=1))
+    wrong = dict(
+        batch, input_ids=torch.cat([batch["input_ids"][:, :12], (batch["input_ids"][:, 12:] + 5) % 256], dim=1)
+    )
     _, cache = run(model, batch, plan, [12])
     before = cache.nbytes
     cache.activate_past_recording()
@@ -350,7 +243,10 @@ def test_crop_while_nothing_was_dropped_needs_no_recording():
 
 
 def test_recording_is_refused_where_chunks_are_read_otherwise():
-    for plan in (HeadPlan.uniform(SinkWindow(1, 4), 3, 2, prefill="dense"), HeadPlan.uniform(SinkWindow(1, 4, grow=True), 3, 2)):
+    for plan in (
+        HeadPlan.uniform(SinkWindow(1, 4), 3, 2, prefill="dense"),
+        HeadPlan.uniform(SinkWindow(1, 4, grow=True), 3, 2),
+    ):
         with pytest.raises(CacheError, match="assisted generation needs"):
             HeadwiseCache(plan).activate_past_recording()
     HeadwiseCache(HeadPlan.full(3, 2, prefill="dense")).activate_past_recording()
@@ -407,7 +303,10 @@ def test_a_model_that_is_not_attached_is_noticed():
         model(tokens(1, 5), past_key_values=cache)
         with pytest.raises(CacheError, match="not attached"):
             model(tokens(1, 1), past_key_values=cache)
-        with headwise.attach(model, edits=headwise.Edit.zero(headwise.HeadSet.parse("L0H0"))), pytest.raises(CacheError, match="not attached"):
+        with (
+            headwise.attach(model, edits=headwise.Edit.zero(headwise.HeadSet.parse("L0H0"))),
+            pytest.raises(CacheError, match="not attached"),
+        ):
             model(tokens(1, 1), past_key_values=cache)
 
 
@@ -432,7 +331,9 @@ def test_caches_that_a_plan_cannot_use_are_refused_by_name():
     ]
     with headwise.attach(model, plan=MIXED):
         for cache in caches:
-            with pytest.raises(AttachError, match=f"{type(cache).__name__}.*static, offloaded, quantised or already filled"):
+            with pytest.raises(
+                AttachError, match=f"{type(cache).__name__}.*static, offloaded, quantised or already filled"
+            ):
                 model(tokens(1, 5), past_key_values=cache)
         quantized = QuantizedCache.__new__(QuantizedCache)  # its backends are not installed; the type is what counts
         with pytest.raises(AttachError, match="QuantizedCache"):

@@ -4,15 +4,17 @@ import os
 
 import pytest
 import torch
-from distributed_helper import run_distributed
-from tiny_helper import random, tiny, tokens
 
 import headwise
+from distributed_helper import run_distributed
 from headwise import Edit, Elastic, Full, HeadPlan, HeadSet, SinkWindow
+from tiny_helper import random, tiny, tokens
 
 pytestmark = pytest.mark.distributed
 
-PLAN = HeadPlan(patterns=((Full(), SinkWindow(1, 4)), (SinkWindow(2, 3), Full()), (SinkWindow(0, 5), Elastic(1, 2, 0.25))))
+PLAN = HeadPlan(
+    patterns=((Full(), SinkWindow(1, 4)), (SinkWindow(2, 3), Full()), (SinkWindow(0, 5), Elastic(1, 2, 0.25)))
+)
 EDITS = {
     "first rank": Edit.zero(HeadSet.parse("L0H1,L1H0")),
     "second rank": Edit.zero(HeadSet.parse("L0H2,L1H3")),
@@ -62,7 +64,9 @@ def on_rank(rank, world_size, folder):
     found, record, cache = everything(model)
     for name, value in found.items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
-        torch.testing.assert_close(value, want[name], atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, want[name], atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
     heads = slice(2 * rank, 2 * rank + 2)  # a record holds the heads of its rank
     torch.testing.assert_close(record.table("entropy"), want["entropy"][:, :, heads], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(record.output(1), want["output"][:, :, heads], atol=1e-4, rtol=1e-4)

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from tiny_helper import generate, logits, oracle, padded, starts, tiny, tokens
 from transformers import DynamicCache
 
 import headwise
 from headwise import Elastic, Full, HeadPlan, HeadwiseCache, SinkWindow
 from headwise.errors import AttachError, CacheError
+from tiny_helper import generate, logits, oracle, padded, starts, tiny, tokens
 
 FULL, SMALL = HeadPlan.full(3, 2), HeadPlan.uniform(SinkWindow(1, 5), 3, 2)
-MIXED = HeadPlan(patterns=((Full(), SinkWindow(2, 4)), (Elastic(1, 2, 0.25), Full()), (SinkWindow(0, 6), SinkWindow(3, 3))))
+MIXED = HeadPlan(
+    patterns=((Full(), SinkWindow(2, 4)), (Elastic(1, 2, 0.25), Full()), (SinkWindow(0, 6), SinkWindow(3, 3)))
+)
 COMPENSATED = HeadPlan.uniform(SinkWindow(1, 4, compensation="count", grow=True), 3, 2, prefill="dense")
 BATCH = padded([14, 6, 10])
 
@@ -79,7 +81,9 @@ def test_a_cache_that_the_user_gives_and_the_table_of_its_bytes():
         out = generate(model, BATCH, past_key_values=cache, return_dict_in_generate=True)
     assert out.past_key_values is cache and torch.equal(out.sequences, under(model, SMALL, BATCH))
     assert cache.get_seq_length() == 14 + 8 - 1
-    assert cache.nbytes == 3 * (3 * 2 * 6 * 16 * 2 * 4 + 3 * 6 * 4)  # layers · (rows, heads, slots, D, k and v, float32; positions)
+    assert cache.nbytes == 3 * (
+        3 * 2 * 6 * 16 * 2 * 4 + 3 * 6 * 4
+    )  # layers · (rows, heads, slots, D, k and v, float32; positions)
     full = HeadwiseCache(FULL)
     with headwise.attach(model, plan=FULL):
         generate(model, BATCH, past_key_values=full)
@@ -160,14 +164,20 @@ def test_samples_and_several_sequences():
 def test_assisted_generation_is_greedy_generation(plan, draft):
     """With a HeadwiseCache given to generate, rejected draft tokens are taken back exactly."""
     model, one = tiny(), {"input_ids": torch.cat([tokens(1, 9), tokens(1, 9)[:, :5]], dim=1)}
-    options = {"itself": {"assistant_model": tiny()}, "another": {"assistant_model": tiny("qwen3")}, "prompt lookup": {"prompt_lookup_num_tokens": 3}}[draft]
+    options = {
+        "itself": {"assistant_model": tiny()},
+        "another": {"assistant_model": tiny("qwen3")},
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    }[draft]
     cache = HeadwiseCache(plan)
     got = under(model, plan, one, 12, past_key_values=cache, **options)
     assert torch.equal(got, under(model, plan, one, 12))
     assert draft != "prompt lookup" or cache.get_seq_length() >= 14 + 11
 
 
-@pytest.mark.parametrize("plan", [COMPENSATED, HeadPlan.uniform(SinkWindow(1, 5), 3, 2, prefill="dense")], ids=["compensated", "dense"])
+@pytest.mark.parametrize(
+    "plan", [COMPENSATED, HeadPlan.uniform(SinkWindow(1, 5), 3, 2, prefill="dense")], ids=["compensated", "dense"]
+)
 def test_assisted_generation_with_a_dense_prefill_is_refused(plan):
     model = tiny()
     with pytest.raises(CacheError, match="prefill='masked'"):

@@ -70,6 +70,25 @@ def state(model):
     return implementations, hooks, [sorted(vars(m)) for m in model.modules()], sorted(vars(model.config))
 
 
+def allocated(cache):
+    """Bytes of every tensor that the cache can reach, counted by storage, without its own help."""
+    storages, todo, seen = {}, [cache.layers], set()
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, list | tuple):
+            todo += item
+        elif hasattr(item, "__dict__") and type(item).__module__ in ("headwise.cache", "headwise.stores"):
+            todo += [
+                value for name, value in vars(item).items() if name != "start"
+            ]  # B numbers, one tensor for all layers
+    return sum(storages.values())
+
+
 # -- the oracle ----------------------------------------------------------------------------------------------------------
 
 

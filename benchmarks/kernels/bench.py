@@ -23,14 +23,21 @@ def gate(name: str, results: dict) -> bool:
     errors = cases.GATES[name]()
     bad = {what: error for what, error in errors.items() if not error < 2e-2}
     results[name] = {"gate": errors, "rows": []}
-    print(f"\n== {name}: gate {'RED ' + str(bad) if bad else 'green'} (worst relative error {max(errors.values()):.1e})")
+    print(
+        f"\n== {name}: gate {'RED ' + str(bad) if bad else 'green'} (worst relative error {max(errors.values()):.1e})"
+    )
     return not bad
 
 
 def show(rows: list[dict]) -> None:
     """Print rows of like keys as a table."""
     for row in rows:
-        print("  " + "  ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        print(
+            "  "
+            + "  ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
 
 
 def main(argv: list[str]) -> int:

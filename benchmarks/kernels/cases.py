@@ -22,7 +22,11 @@ def compare(run, want, leaves) -> dict[str, float]:
     got_out, want_out = run(*leaves), want(*leaves)
     weight = torch.randn_like(got_out)
     errors = {"out": relative(got_out, want_out)}
-    pairs = zip(torch.autograd.grad(got_out, leaves, weight), torch.autograd.grad(want_out, leaves, weight.double()), strict=True)
+    pairs = zip(
+        torch.autograd.grad(got_out, leaves, weight),
+        torch.autograd.grad(want_out, leaves, weight.double()),
+        strict=True,
+    )
     for name, (a, b) in zip(("dq", "dk", "dv", "dgate"), pairs, strict=False):
         errors[name] = relative(a, b)
     return errors
@@ -55,19 +59,43 @@ def routed(quick: bool, roof: dict):
             base, fa2 = (milliseconds(lambda b=b: dense(q, k, v, b)) for b in ("cudnn", "fa2"))
             base_graph = graph_milliseconds(lambda: dense(q, k, v)) if N <= 4096 else math.nan
         base_step = milliseconds(step(lambda: dense(q, k, v), [q, k, v]))
-        rows.append({"N": N, "cudnn_ms": base, "tflops": dense_flops(1, N) / base / 1e9, "fa2_ms": fa2,
-                     "cudnn_fwd_bwd_ms": base_step, "tflops_fwd_bwd": dense_flops(1, N, True) / base_step / 1e9})
+        rows.append(
+            {
+                "N": N,
+                "cudnn_ms": base,
+                "tflops": dense_flops(1, N) / base / 1e9,
+                "fa2_ms": fa2,
+                "cudnn_fwd_bwd_ms": base_step,
+                "tflops_fwd_bwd": dense_flops(1, N, True) / base_step / 1e9,
+            }
+        )
         for share in (0.75, 0.5, 0.25):
             active = torch.rand(1, H, N, device="cuda") < share
             with torch.no_grad():
                 ms = milliseconds(lambda: routed_attention(q, k, v, active))
                 index = graph_milliseconds(lambda: build_rows(active))
-                in_graph = base_graph / graph_milliseconds(lambda: routed_attention(q, k, v, active)) if N <= 4096 else math.nan
-            row = {"N": N, "active": share, "ms": ms, "vs_cudnn": base / ms, "vs_fa2": fa2 / ms,
-                   "tflops": share * dense_flops(1, N) / ms / 1e9, "of_matmul": share * dense_flops(1, N) / ms / 1e9 / roof["matmul_tflops"],
-                   "index_ms": index, "vs_cudnn_in_graphs": in_graph}
+                in_graph = (
+                    base_graph / graph_milliseconds(lambda: routed_attention(q, k, v, active))
+                    if N <= 4096
+                    else math.nan
+                )
+            row = {
+                "N": N,
+                "active": share,
+                "ms": ms,
+                "vs_cudnn": base / ms,
+                "vs_fa2": fa2 / ms,
+                "tflops": share * dense_flops(1, N) / ms / 1e9,
+                "of_matmul": share * dense_flops(1, N) / ms / 1e9 / roof["matmul_tflops"],
+                "index_ms": index,
+                "vs_cudnn_in_graphs": in_graph,
+            }
             ms = milliseconds(step(lambda: routed_attention(q, k, v, active), [q, k, v]))
-            row |= {"fwd_bwd_ms": ms, "fwd_bwd_vs_cudnn": base_step / ms, "fwd_bwd_tflops": share * dense_flops(1, N, True) / ms / 1e9}
+            row |= {
+                "fwd_bwd_ms": ms,
+                "fwd_bwd_vs_cudnn": base_step / ms,
+                "fwd_bwd_tflops": share * dense_flops(1, N, True) / ms / 1e9,
+            }
             rows.append(row)
         yield rows
 
@@ -110,7 +138,10 @@ def spans(quick: bool, roof: dict):
         rows = [{"N": N, "cudnn_ms": base, "cudnn_fwd_bwd_ms": base_step}]
         for name, ms in times.items():
             rows.append({"N": N, "way": name, "ms": ms, "vs_cudnn": base / ms})
-        for name, fn in (("split", lambda: span_attention(q, k, v, sinks, windows)), ("own", lambda: span_attention(q, k, v, *on_device))):
+        for name, fn in (
+            ("split", lambda: span_attention(q, k, v, sinks, windows)),
+            ("own", lambda: span_attention(q, k, v, *on_device)),
+        ):
             ms = milliseconds(step(fn, [q, k, v]))
             rows.append({"N": N, "way": name, "fwd_bwd_ms": ms, "fwd_bwd_vs_cudnn": base_step / ms})
         yield rows
@@ -138,7 +169,12 @@ def decode_gate() -> dict[str, float]:
         for h in range(K):
             n = int(lengths[b, h])
             heads = slice(h * G, (h + 1) * G)
-            want[b, heads] = reference(q[b : b + 1, heads], k[None, None, at : at + n], v[None, None, at : at + n], torch.ones(1, n, dtype=torch.bool, device="cuda"))[0]
+            want[b, heads] = reference(
+                q[b : b + 1, heads],
+                k[None, None, at : at + n],
+                v[None, None, at : at + n],
+                torch.ones(1, n, dtype=torch.bool, device="cuda"),
+            )[0]
             at += n
     return {"out": relative(out, want)}
 
@@ -151,7 +187,10 @@ def decode_lengths(quick: bool):
         yield f"duo50_131k_B{B}", duo
     generator = torch.Generator("cuda").manual_seed(0)
     for B in (8, 32):
-        yield f"lognormal_B{B}", (torch.randn(B, K, device="cuda", generator=generator).exp() * 8192).long().clamp(16, 262144)
+        yield (
+            f"lognormal_B{B}",
+            (torch.randn(B, K, device="cuda", generator=generator).exp() * 8192).long().clamp(16, 262144),
+        )
     if not quick:
         yield "full_32k_B1", torch.full((1, K), 32768, dtype=torch.long, device="cuda")
         yield "full_8k_B32", torch.full((32, K), 8192, dtype=torch.long, device="cuda")
@@ -172,8 +211,17 @@ def decode(quick: bool, roof: dict, variants=((64, 2), (64, 3), (128, 1))):
                 return [ragged_decode(q, *pointers, lengths32, plan=plan) for q, _, _, pointers, _, _ in layers]
 
             ms = graph_milliseconds(run) / len(layers)
-            rows.append({"case": name, "block": block, "per_sm": per_sm, "layers": len(layers), "us": ms * 1e3,
-                         "tbs": size / ms / 1e9, "of_copy": size / ms / 1e9 / roof["copy_tbs"]})
+            rows.append(
+                {
+                    "case": name,
+                    "block": block,
+                    "per_sm": per_sm,
+                    "layers": len(layers),
+                    "us": ms * 1e3,
+                    "tbs": size / ms / 1e9,
+                    "of_copy": size / ms / 1e9 / roof["copy_tbs"],
+                }
+            )
         yield rows
 
 
@@ -216,8 +264,19 @@ def blocks(quick: bool, roof: dict):
             with torch.no_grad():
                 ms = milliseconds(lambda: block_attention(q, k, v, lists, block_size=block))
             both = milliseconds(step(lambda: block_attention(q, k, v, lists, block_size=block), [q, k, v]))
-            rows.append({"N": N, "block": block, "share": share, "ms": ms, "vs_cudnn": base / ms, "of_ideal": base * share / ms,
-                         "tflops": share * dense_flops(1, N) / ms / 1e9, "fwd_bwd_ms": both, "fwd_bwd_vs_cudnn": base_step / both})
+            rows.append(
+                {
+                    "N": N,
+                    "block": block,
+                    "share": share,
+                    "ms": ms,
+                    "vs_cudnn": base / ms,
+                    "of_ideal": base * share / ms,
+                    "tflops": share * dense_flops(1, N) / ms / 1e9,
+                    "fwd_bwd_ms": both,
+                    "fwd_bwd_vs_cudnn": base_step / both,
+                }
+            )
         yield rows
 
 

@@ -42,8 +42,14 @@ def environment() -> dict[str, str]:
     """What the figures were measured with."""
     import triton
 
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version()), "python": platform.python_version()}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "python": platform.python_version(),
+    }
 
 
 def qkv(B: int, N: int, heads: int = H, kv: int = K, dim: int = D, grad: bool = False):

@@ -299,7 +299,11 @@ def test_only_one_plan_at_a_time():
 
 @pytest.mark.parametrize(
     ("name", "layers", "kv_heads", "stack", "says"),
-    [("bert", 3, 4, None, "bidirectional"), ("vit", 2, 4, None, "bidirectional"), ("deepseek-v3", 3, 4, None, "latent")],
+    [
+        ("bert", 3, 4, None, "bidirectional"),
+        ("vit", 2, 4, None, "bidirectional"),
+        ("deepseek-v3", 3, 4, None, "latent"),
+    ],
 )
 def test_a_plan_that_cannot_be_applied_is_refused(name, layers, kv_heads, stack, says):
     model = tiny(name)

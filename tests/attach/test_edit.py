@@ -116,6 +116,17 @@ def test_positions_count_real_tokens_only():
     close(edited(model, batch, edit)[:1, 7:], alone, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_last_of_a_right_padded_row_is_its_last_real_token(name):
+    model, ids = tiny(name), tokens(2, 9)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 9, [1] * 5 + [0] * 4])}
+    for edit in (Edit.zero(UNITS, tokens="last"), Edit.reweight(UNITS, [LAST])):
+        got = edited(model, batch, edit)
+        for row, length in ((0, 9), (1, 5)):
+            alone = edited(model, {"input_ids": ids[row : row + 1, :length]}, edit)
+            close(got[row : row + 1, :length], alone, 1e-5)
+
+
 def stepwise(model, batch, prompt, **attach):
     """Logits of all columns, the prompt in one pass and then one token at a time, with the model's own cache."""
     parts, cache, ids = [], None, batch["input_ids"]
@@ -228,7 +239,9 @@ class Tripled(torch.nn.Module):
     uninstall = check = install
 
 
-@pytest.mark.parametrize("edit", [Edit.uniform(HeadSet.parse("L1H1")), EDITS["uniform weighted"], EDITS["scale"]], ids=str)
+@pytest.mark.parametrize(
+    "edit", [Edit.uniform(HeadSet.parse("L1H1")), EDITS["uniform weighted"], EDITS["scale"]], ids=str
+)
 def test_a_router_and_a_transform_come_before_the_edits(edit):
     """Whichever way a uniform head is computed, its output is not gated."""
     model, batch = tiny(), {"input_ids": tokens(1, 9)}
@@ -347,7 +360,9 @@ def test_a_model_with_learned_sinks_in_its_softmax():
     from transformers import GptOssConfig, GptOssForCausalLM
 
     shape = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
-    config = GptOssConfig(**shape, num_hidden_layers=2, intermediate_size=32, num_local_experts=2, num_experts_per_tok=1)
+    config = GptOssConfig(
+        **shape, num_hidden_layers=2, intermediate_size=32, num_local_experts=2, num_experts_per_tok=1
+    )
     model = GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
     batch, head = {"input_ids": tokens(1, 6) % 64}, HeadSet.parse("L0H1")
     assert not torch.equal(edited(model, batch, Edit.zero(head)), logits(model, batch))

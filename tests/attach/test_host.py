@@ -1,4 +1,4 @@
-"""An attached model inside what transformers and torch do with models: training, checkpointing, compilation, pipelines, attention weights."""
+"""An attached model inside what transformers and torch do with it: training, checkpointing, compilation, pipelines."""
 
 import pytest
 import torch
@@ -10,7 +10,11 @@ from headwise.hub import load_model
 from tiny_helper import generate, inputs, logits, oracle, padded, state, tiny, tokens
 
 UNITS = HeadSet.parse("L0H1,L1H0,L2H2")
-EDITS = [Edit.mix_v(UNITS, 0.5), Edit.reweight(UNITS, [KeyGroup("sink", "0:2", 0.25)]), Edit.zero(HeadSet.parse("L1H3"))]
+EDITS = [
+    Edit.mix_v(UNITS, 0.5),
+    Edit.reweight(UNITS, [KeyGroup("sink", "0:2", 0.25)]),
+    Edit.zero(HeadSet.parse("L1H3")),
+]
 PLAN = HeadPlan.uniform(SinkWindow(1, 4), 3, 2)
 
 
@@ -24,7 +28,9 @@ def train_step(checkpointing, **attach):
     return loss.detach(), [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("attach", [{"edits": EDITS}, {"plan": PLAN}, {"plan": PLAN, "edits": EDITS}], ids=lambda a: "+".join(a))
+@pytest.mark.parametrize(
+    "attach", [{"edits": EDITS}, {"plan": PLAN}, {"plan": PLAN, "edits": EDITS}], ids=lambda a: "+".join(a)
+)
 def test_gradient_checkpointing(attach):
     loss, grads = train_step(True, **attach)
     plain_loss, plain_grads = train_step(False, **attach)
@@ -115,7 +121,9 @@ def test_pipeline():
     with headwise.attach(model, edits=Edit.zero(UNITS), plan=PLAN):
         inside = write(texts, batch_size=2, **options)
         batch = tokenizer(texts, return_tensors="pt", padding=True)
-        direct = tokenizer.batch_decode(model.generate(**batch, max_new_tokens=8, do_sample=False)[:, batch.input_ids.shape[1] :], True)
+        direct = tokenizer.batch_decode(
+            model.generate(**batch, max_new_tokens=8, do_sample=False)[:, batch.input_ids.shape[1] :], True
+        )
     assert [row[0]["generated_text"] for row in inside] == direct
     assert inside != plain and write(texts, batch_size=2, **options) == plain
 
@@ -139,9 +147,15 @@ def test_trainer(tmp_path):
     assert loss != plain_loss and state(model)[:3] == state(plain)[:3]
     changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), tiny().parameters(), strict=True)]
     assert any(changed)
-    dead = slice(3 * 16, 4 * 16)  # L1H3 is zeroed: its columns of the projection get no gradient, so only weight decay (0) moves them
-    assert torch.equal(model.model.layers[1].self_attn.o_proj.weight[:, dead], tiny().model.layers[1].self_attn.o_proj.weight[:, dead])
-    assert not torch.equal(plain.model.layers[1].self_attn.o_proj.weight[:, dead], tiny().model.layers[1].self_attn.o_proj.weight[:, dead])
+    dead = slice(
+        3 * 16, 4 * 16
+    )  # L1H3 is zeroed: its columns of the projection get no gradient, so only weight decay (0) moves them
+    assert torch.equal(
+        model.model.layers[1].self_attn.o_proj.weight[:, dead], tiny().model.layers[1].self_attn.o_proj.weight[:, dead]
+    )
+    assert not torch.equal(
+        plain.model.layers[1].self_attn.o_proj.weight[:, dead], tiny().model.layers[1].self_attn.o_proj.weight[:, dead]
+    )
 
 
 def test_inputs_embeds_and_positional_arguments():

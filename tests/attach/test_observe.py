@@ -289,7 +289,7 @@ def test_bfloat16():
     model, batch = tiny(dtype=torch.bfloat16), {"input_ids": tokens(1, 13)}
     with headwise.observe(model, *SOME) as record:
         logits(model, batch)
-    weights = [w for w in eager("llama", batch)]
+    weights = eager("llama", batch)
     assert record.table("entropy").dtype == torch.float32
     for layer, w in enumerate(weights):
         assert (record.table("entropy")[layer] - dense(w)["entropy"]).abs().max() < 0.15

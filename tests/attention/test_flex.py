@@ -50,7 +50,9 @@ def test_flex_says_that_it_ran_and_applies_gate_and_routing():
     active, gate = torch.rand(1, 2, 9) < 0.5, torch.rand(1, 2, 9)
     with torch.no_grad():
         got = attention(q, k, v, active=active, gate=gate, backend="flex", explain=True)
-    torch.testing.assert_close(got.out, attention(q, k, v, active=active, gate=gate, backend="reference"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        got.out, attention(q, k, v, active=active, gate=gate, backend="reference"), atol=1e-5, rtol=1e-5
+    )
     assert got.ran.backend == "flex" and not got.out[~active].any()
 
 

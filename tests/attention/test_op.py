@@ -28,7 +28,10 @@ def naive(q, k, v, patterns, *, causal=True, mask=None, start=None, offset=None,
     B, H, N, D = q.shape
     G, M = H // k.shape[1], k.shape[2]
     offset = M - N if offset is None else offset
-    out, lse = torch.zeros(B, H, N, v.shape[3], dtype=torch.float64), torch.full((B, H, N), -math.inf, dtype=torch.float64)
+    out, lse = (
+        torch.zeros(B, H, N, v.shape[3], dtype=torch.float64),
+        torch.full((B, H, N), -math.inf, dtype=torch.float64),
+    )
     for b in range(B):
         first = 0 if start is None else int(start[b])
         for i in range(N):
@@ -171,7 +174,12 @@ def test_offset_of_a_prefix_and_of_a_chunk():
 @st.composite
 def ragged(draw):
     """A cache by hand: every group has its own slots in a shuffled order, some of them empty, and maybe a compensation token."""
-    B, G, N, seed = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 3])), draw(st.integers(0, 99))
+    B, G, N, seed = (
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([1, 1, 3])),
+        draw(st.integers(0, 99)),
+    )
     past, D = draw(st.sampled_from([5, 12, 40])), 8
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(0, past, (B,), generator=generator) if draw(st.booleans()) else None
@@ -219,7 +227,9 @@ def _check_by_hand(q, groups, options, got):
             logits = keys @ q[b, kv * G, i] * q.shape[-1] ** -0.5
             if group.compensation is not None:
                 c = group.compensation
-                logits = torch.cat([logits, (c.k[b, place] @ q[b, kv * G, i] * q.shape[-1] ** -0.5 + c.log_count[b, place])[None]])
+                logits = torch.cat(
+                    [logits, (c.k[b, place] @ q[b, kv * G, i] * q.shape[-1] ** -0.5 + c.log_count[b, place])[None]]
+                )
                 values = torch.cat([values, c.v[b, place][None]])
             want = torch.softmax(logits, 0) @ values if logits.isfinite().any() else torch.zeros(8)
             near(got[b, kv * G, i], want, 1e-5)
@@ -251,7 +261,9 @@ def test_rows_that_see_nothing_are_zero_and_have_no_gradient_of_nan():
             blind = result.lse.isneginf()
             assert blind.any() and not result.out[blind].any() and not plain[blind].any()
             for out in (result.out, plain):
-                assert all(g.isfinite().all() for g in torch.autograd.grad(out.square().sum(), leaves, retain_graph=True))
+                assert all(
+                    g.isfinite().all() for g in torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
+                )
 
 
 def test_inactive_queries_are_exactly_zero_and_gates_get_gradients():
@@ -351,5 +363,3 @@ def test_one_row_of_lengths_that_hypothesis_may_miss():
         for pattern in PATTERNS:
             want = attention(q, k, v, patterns=pattern, backend="reference")
             near(attention(q, k, v, patterns=pattern), want, 1e-5)
-
-

@@ -72,7 +72,10 @@ def test_a_windowed_prefill_reads_bands(monkeypatch, calls, pattern, start):
     """Work follows the window: each block of queries reads the sinks and its own band."""
     monkeypatch.setattr(sdpa, "BAND_ROWS", 16)
     q, k, v = qkv(N=200, M=200)
-    same(attention(q, k, v, patterns=pattern, start=start), attention(q, k, v, patterns=pattern, start=start, backend="reference"))
+    same(
+        attention(q, k, v, patterns=pattern, start=start),
+        attention(q, k, v, patterns=pattern, start=start, backend="reference"),
+    )
     assert [n for n, *_ in calls] == [16] * 12 + [8]
     slack = 0 if start is None else 37
     assert max(m for _, m, *_ in calls) <= pattern.sinks + slack + pattern.window(200) + 16

@@ -23,7 +23,10 @@ def draw_lists(B, K, N, M, block_size, entries, generator):
         chosen = torch.randperm(blocks, generator=generator)[:count]
         lists[b, h, c, torch.randperm(entries, generator=generator)[:count]] = chosen.int()
         for block in chosen.tolist():
-            rows, keys = slice(c * block_size, (c + 1) * block_size), slice(block * block_size, (block + 1) * block_size)
+            rows, keys = (
+                slice(c * block_size, (c + 1) * block_size),
+                slice(block * block_size, (block + 1) * block_size),
+            )
             mask[b, h, rows, keys] = True
     return lists, mask
 
@@ -59,6 +62,8 @@ def test_blocks_match_reference(B, K, G, N, extra, D, dtype, block_size, entries
     block_case(B, K, G, N, N + extra, D, dtype, block_size, entries, causal, strided, seed, device)
 
 
-@pytest.mark.parametrize("N, M, G, entries, causal", [(70, 70, 2, 3, True), (33, 60, 3, 4, True), (20, 50, 1, 2, False)])
+@pytest.mark.parametrize(
+    "N, M, G, entries, causal", [(70, 70, 2, 3, True), (33, 60, 3, 4, True), (20, 50, 1, 2, False)]
+)
 def test_blocks_small(N, M, G, entries, causal):
     block_case(2, 2, G, N, M, 16, torch.float32, 16, entries, causal, False, 2, kernel_device())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from headwise.attention import sdpa
 from headwise.attention.backends import Request, over_groups
 from headwise.attention.groups import Compensation, KVGroup, Queries
 from headwise.plan import SinkWindow
+
+if TYPE_CHECKING:
+    from headwise.attention.triton import Compensation as Tokens
 
 HEAD_DIMS = range(16, 257, 16)
 ROUTED_TOKENS = 2048  # below, masking the output of a dense library kernel is as fast
@@ -154,7 +158,7 @@ def _lengths(slots: tuple, B: int, device: torch.device) -> Tensor:
     return torch.tensor([[count for _, count in by_head]] * B, dtype=torch.int32).to(device, non_blocking=True)
 
 
-def _all_compensations(request: Request) -> object:
+def _all_compensations(request: Request) -> Tokens:
     """Tokens of all kv heads in order, log count -inf where a group has none."""
     from headwise.attention.triton import Compensation as Tokens
 
@@ -177,9 +181,7 @@ def _windowed_lse(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> 
     return _span(q, group, queries, scale, need_lse=True)
 
 
-def _span(
-    q: Tensor, group: KVGroup, queries: Queries, scale: float, *, need_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def _span(q: Tensor, group: KVGroup, queries: Queries, scale: float, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Full heads by the library's kernel, windows by ours."""
     if not isinstance(group.pattern, SinkWindow):
         return sdpa.attend(q, group, queries, scale, need_lse=need_lse)

@@ -19,11 +19,13 @@ PAPER = Paper(
     slug="retrieval-head",
     status="works",
     api="headwise.score.retrieval, headwise.score.retrieval_tests, headwise.score.retrieval_check",
-    claim="Under a fifth of the heads copy from the context at all often; which ones hardly depends on the tests; and with the three best of them "
-    "taken out a model no longer finds a passkey, while with as many random others taken out it does",
+    claim="Under a fifth of the heads copy from the context at all often; which ones hardly depends on the tests; and with the three "
+    "best of them taken out a model no longer finds a passkey, while with as many random others taken out it does",
 )
 TOP = 3
-SIZES = {  # tests to score by, prompts to check by, random sets, tokens of a prompt, tokens of text
+SIZES: dict[
+    str, dict[str, Any]
+] = {  # tests to score by, prompts to check by, random sets, tokens of a prompt, tokens of text
     "cpu": {"tests": 12, "prompts": 6, "draws": 2, "length": 512, "text": 1024},
     "gpu": {"tests": 60, "prompts": 40, "draws": 10, "length": 2048, "text": 16384},
 }

@@ -153,7 +153,13 @@ def retrieval_tests(
         )
     values = torch.stack([t.score(count) for t, ok in zip(traces, right, strict=True) if ok]).float()
     what = "own prompts" if prompts is not None else f"{task} of {length} tokens"
-    meta: Meta = {"tests": len(traces), "successful": sum(right), "count": count, "success": success, "through": through}
+    meta: Meta = {
+        "tests": len(traces),
+        "successful": sum(right),
+        "count": count,
+        "success": success,
+        "through": through,
+    }
     meta |= {"seed": seed, "sliding_layers": _sliding_layers(model)}
     data = f"{what}, {sum(right)} of {len(traces)} tests answered"
     return RetrievalTests(values, tuple(traces), right, made_for, data, meta)

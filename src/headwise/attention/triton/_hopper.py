@@ -124,8 +124,9 @@ def rows_backward(q, k, v, gate, raw, lse, d_out, d_lse, call):
         dk, dv, call.rows, call.rank, call.sinks, call.windows, call.key_start,
         call.scale, call.scale * _host.LOG2E, H, H // K, N, M, tiles, B * K, D=D, num_warps=4, **flags,
     )  # fmt: skip
-    packing.unpack_dq[(tiles, B * H)](dq_sum, dq, call.rows, call.rank, call.scale, H, N, D=D, BM=ROWS,
-                                      ROUTED=call.rows is not None, num_warps=4)
+    packing.unpack_dq[(tiles, B * H)](
+        dq_sum, dq, call.rows, call.rank, call.scale, H, N, D=D, BM=ROWS, ROUTED=call.rows is not None, num_warps=4
+    )
     return dq, dk, dv, None if gate is None else d_gate.to(gate.dtype)
 
 

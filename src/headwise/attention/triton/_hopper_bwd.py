@@ -99,7 +99,9 @@ def producer(
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(q_full.index(stage), BM * D * 2 + 2 * BM * 4)
             load_rows(q_desc, q_smem, q_full.index(stage), stage, b, h, r, D)
-            tma.async_copy_global_to_shared(stat_desc, [bh * tiles + r // BM, 0], q_full.index(stage), stat_smem.index(stage))
+            tma.async_copy_global_to_shared(
+                stat_desc, [bh * tiles + r // BM, 0], q_full.index(stage), stat_smem.index(stage)
+            )
             mbarrier.expect(do_full.index(stage), BM * D * 2)
             load_rows(do_desc, do_smem, do_full.index(stage), stage, b, h, r, D)
             step += 1
@@ -166,7 +168,9 @@ def consumer(
                 s = warpgroup_mma_wait(1, deps=[s])
                 p = gl.exp2(s * scale_log2 - gl.expand_dims(lse2, 0))
                 if (r < full_lo) | (r + BM > full_hi):
-                    p = mask_probabilities(p, Rows, bh, r, first, start, sink, window, N, M, ROUTED, SPANS, CAUSAL, s_layout)
+                    p = mask_probabilities(
+                        p, Rows, bh, r, first, start, sink, window, N, M, ROUTED, SPANS, CAUSAL, s_layout
+                    )
                 p_op = gl.convert_layout(p.to(dtype), a_layout)
                 dv = warpgroup_mma(p_op, do, dv, is_async=True)
                 delta = stats.index(1).load(row_layout)

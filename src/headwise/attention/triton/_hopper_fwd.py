@@ -113,9 +113,13 @@ def producer(
         stage = j % STAGES
         phase = (j // STAGES) & 1
         mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        load_stage(k_desc, k_smem, k_full.index(stage), stage, Index, b, kvh, j, n_a, start, b0, entries, BS, BN, D, BLOCKS)
+        load_stage(
+            k_desc, k_smem, k_full.index(stage), stage, Index, b, kvh, j, n_a, start, b0, entries, BS, BN, D, BLOCKS
+        )
         mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        load_stage(v_desc, v_smem, v_full.index(stage), stage, Index, b, kvh, j, n_a, start, b0, entries, BS, BN, D, BLOCKS)
+        load_stage(
+            v_desc, v_smem, v_full.index(stage), stage, Index, b, kvh, j, n_a, start, b0, entries, BS, BN, D, BLOCKS
+        )
 
 
 @gluon.jit
@@ -215,19 +219,25 @@ def consumer(
         s = warpgroup_mma(my_q, stage_tile(k_smem, 0, BN, D, SUB).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(0), count=1)
-        s = mask_scores(s, pos, Index, 0, n_a, start, b0, low, high, sink, window, entries, M, BS, BN, SPANS, BLOCKS, s_layout)
+        s = mask_scores(
+            s, pos, Index, 0, n_a, start, b0, low, high, sink, window, entries, M, BS, BN, SPANS, BLOCKS, s_layout
+        )
         p, m, l, alpha = softmax_step(s, m, l, scale_log2)
         p = gl.convert_layout(p.to(dtype), p_layout)
         mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1, pred=n > 1)
         for j in range(1, n):
             stage = j % STAGES
             before = (j - 1) % STAGES
-            s = warpgroup_mma(my_q, stage_tile(k_smem, stage, BN, D, SUB).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma(
+                my_q, stage_tile(k_smem, stage, BN, D, SUB).permute((1, 0)), zero, use_acc=False, is_async=True
+            )
             mbarrier.wait(v_full.index(before), ((j - 1) // STAGES) & 1)
             acc = warpgroup_mma(p, stage_tile(v_smem, before, BN, D, SUB), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
             mbarrier.arrive(k_empty.index(stage), count=1)
-            s = mask_scores(s, pos, Index, j, n_a, start, b0, low, high, sink, window, entries, M, BS, BN, SPANS, BLOCKS, s_layout)
+            s = mask_scores(
+                s, pos, Index, j, n_a, start, b0, low, high, sink, window, entries, M, BS, BN, SPANS, BLOCKS, s_layout
+            )
             p_new, m, l, alpha = softmax_step(s, m, l, scale_log2)
             # Waiting for the next keys here keeps the assembler from moving the wait for p.v above the softmax.
             mbarrier.wait(k_full.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1, pred=j + 1 < n)
@@ -240,7 +250,9 @@ def consumer(
         acc = warpgroup_mma(p, stage_tile(v_smem, last, BN, D, SUB), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
 
-    at, flat_s, ok_s = row_place(Rows, bh, kv_row, r0, count, N, H, BS, ROUTED, BLOCKS, heads, gl.SliceLayout(1, s_layout))
+    at, flat_s, ok_s = row_place(
+        Rows, bh, kv_row, r0, count, N, H, BS, ROUTED, BLOCKS, heads, gl.SliceLayout(1, s_layout)
+    )
     some = l > 0
     lse = gl.where(some, (m * scale_log2) * LN2 + gl.log(gl.where(some, l, 1.0)), NEG_INF)
     gl.store(Lse + flat_s.to(gl.int64) * N + at, lse, mask=ok_s)
@@ -251,7 +263,11 @@ def consumer(
     o = gl.convert_layout(acc.to(dtype), io)
     if GATED:
         gl.store(Raw + where_o, o, mask=put)
-        gate = gl.load(Gate + (flat // H).to(gl.int64) * gb + (flat % H).to(gl.int64) * gh + idx.to(gl.int64) * gn, mask=ok, other=0.0)
+        gate = gl.load(
+            Gate + (flat // H).to(gl.int64) * gb + (flat % H).to(gl.int64) * gh + idx.to(gl.int64) * gn,
+            mask=ok,
+            other=0.0,
+        )
         o = (o.to(gl.float32) * gl.expand_dims(gate.to(gl.float32), 1)).to(dtype)
     gl.store(Out + where_o, o, mask=put)
 

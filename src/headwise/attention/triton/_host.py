@@ -26,8 +26,10 @@ def triton_available() -> bool:
 def require_triton() -> None:
     """Raise a sentence that says what is missing when Triton is not installed."""
     if not triton_available():
-        raise ImportError("headwise.attention.triton needs the package 'triton' (it comes with CUDA builds of torch); "
-                          "use the reference or sdpa backend instead")
+        raise ImportError(
+            "headwise.attention.triton needs the package 'triton' (it comes with CUDA builds of torch); "
+            "use the reference or sdpa backend instead"
+        )
 
 
 def interpreting() -> bool:

@@ -46,7 +46,9 @@ def blocks_fwd(
         key = block * BS + tl.arange(0, BS)
         in_m = (block >= 0) & (key < M)
         at = tl.where(in_m, key, 0).to(tl.int64)
-        k = tl.load(K + b * kb + kvh * kh + at[None, :] * kn + d[:, None], mask=in_m[None, :] & in_d[:, None], other=0.0)
+        k = tl.load(
+            K + b * kb + kvh * kh + at[None, :] * kn + d[:, None], mask=in_m[None, :] & in_d[:, None], other=0.0
+        )
         s = tl.dot(q, k, input_precision=PRECISION) * scale_log2
         s = tl.where(in_m[None, :] & (key[None, :] <= pos[:, None]), s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -54,13 +56,17 @@ def blocks_fwd(
         p = tl.exp2(s - safe[:, None])
         alpha = tl.exp2(m - safe)
         l = l * alpha + tl.sum(p, 1)  # noqa: E741
-        v = tl.load(V + b * vb + kvh * vh + at[:, None] * vn + d[None, :], mask=in_m[:, None] & in_d[None, :], other=0.0)
+        v = tl.load(
+            V + b * vb + kvh * vh + at[:, None] * vn + d[None, :], mask=in_m[:, None] & in_d[None, :], other=0.0
+        )
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         m = m_new
     some = l > 0
     o = tl.where(some[:, None], acc / tl.where(some, l, 1.0)[:, None], 0.0)
     at_o = (b * H + h) * N + i
-    tl.store(Lse + at_o, tl.where(some, m / 1.4426950408889634 + tl.log(tl.where(some, l, 1.0)), float("-inf")), mask=ok)
+    tl.store(
+        Lse + at_o, tl.where(some, m / 1.4426950408889634 + tl.log(tl.where(some, l, 1.0)), float("-inf")), mask=ok
+    )
     tl.store(Out + at_o[:, None] * D + d[None, :], o.to(Out.dtype.element_ty), mask=put)
 
 
@@ -134,7 +140,9 @@ def blocks_dkv(
         h, i, pos, ok = tile_rows(c, kvh, e % tiles_g, G, N, M - N, M, BS, BM, CAUSAL)
         put = ok[:, None] & in_d[None, :]
         q = tl.load(Q + b * qb + (h.to(tl.int64) * qh + i.to(tl.int64) * qn)[:, None] + d[None, :], mask=put, other=0.0)
-        do = tl.load(Do + b * ob + (h.to(tl.int64) * oh + i.to(tl.int64) * on)[:, None] + d[None, :], mask=put, other=0.0)
+        do = tl.load(
+            Do + b * ob + (h.to(tl.int64) * oh + i.to(tl.int64) * on)[:, None] + d[None, :], mask=put, other=0.0
+        )
         at_o = (b * H + h) * N + i
         lse = tl.load(Lse + at_o, mask=ok, other=0.0) * 1.4426950408889634
         delta = tl.load(Delta + at_o, mask=ok, other=0.0)

@@ -61,7 +61,11 @@ def decode_partial(
         k_base = tl.multiple_of(tl.load(Kptr + s).to(tl.pointer_type(Q.dtype.element_ty)), 16)
         v_base = tl.multiple_of(tl.load(Vptr + s).to(tl.pointer_type(Q.dtype.element_ty)), 16)
         head = kvh * G + r // NQ
-        q = tl.load(Q + b.to(tl.int64) * qb + head[:, None] * qh + token[:, None] * qn + d[None, :], mask=row_on[:, None] & in_d[None, :], other=0.0)
+        q = tl.load(
+            Q + b.to(tl.int64) * qb + head[:, None] * qh + token[:, None] * qn + d[None, :],
+            mask=row_on[:, None] & in_d[None, :],
+            other=0.0,
+        )
         if POSITIONED:
             slot_base = tl.load(SlotPos + s).to(tl.pointer_type(tl.int32))
             q_pos = tl.load(QueryPos + b * NQ + token)

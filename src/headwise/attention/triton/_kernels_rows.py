@@ -113,22 +113,36 @@ def rows_fwd(
     m = tl.full((BM,), float("-inf"), tl.float32)
     l = tl.zeros((BM,), tl.float32)  # noqa: E741
     if tile * BM < count:
-        q = tl.load(Q + b * qb + h * qh + idx[:, None].to(tl.int64) * qn + d[None, :], mask=served[:, None] & in_d[None, :], other=0.0)
+        q = tl.load(
+            Q + b * qb + h * qh + idx[:, None].to(tl.int64) * qn + d[None, :],
+            mask=served[:, None] & in_d[None, :],
+            other=0.0,
+        )
         highest = tl.max(tl.where(served, pos, -1), 0)
         lowest = tl.min(tl.where(served, pos, M), 0)
         n_a, b0, n_b = key_plan(lowest, highest, start, sink, window, M, BN, SPANS)
         for j in range(0, n_a + n_b):
             key = tl.where(j < n_a, start + j * BN, b0 + (j - n_a) * BN) + tl.arange(0, BN)
             in_m = key < M
-            k = tl.load(K + b * kb + kvh * kh + key[None, :].to(tl.int64) * kn + d[:, None], mask=in_m[None, :] & in_d[:, None], other=0.0)
+            k = tl.load(
+                K + b * kb + kvh * kh + key[None, :].to(tl.int64) * kn + d[:, None],
+                mask=in_m[None, :] & in_d[:, None],
+                other=0.0,
+            )
             s = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-            s = tl.where(visible(pos[:, None], key[None, :], start, sink, window, SPANS) & in_m[None, :], s, float("-inf"))
+            s = tl.where(
+                visible(pos[:, None], key[None, :], start, sink, window, SPANS) & in_m[None, :], s, float("-inf")
+            )
             m_new = tl.maximum(m, tl.max(s, 1))
             safe = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(s - safe[:, None])
             alpha = tl.exp2(m - safe)
             l = l * alpha + tl.sum(p, 1)  # noqa: E741
-            v = tl.load(V + b * vb + kvh * vh + key[:, None].to(tl.int64) * vn + d[None, :], mask=in_m[:, None] & in_d[None, :], other=0.0)
+            v = tl.load(
+                V + b * vb + kvh * vh + key[:, None].to(tl.int64) * vn + d[None, :],
+                mask=in_m[:, None] & in_d[None, :],
+                other=0.0,
+            )
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
             m = m_new
 
@@ -136,7 +150,9 @@ def rows_fwd(
     o = tl.where(some[:, None], acc / tl.where(some, l, 1.0)[:, None], 0.0)
     at = bh.to(tl.int64) * N + idx
     put = exists[:, None] & in_d[None, :]
-    tl.store(Lse + at, tl.where(some, m / 1.4426950408889634 + tl.log(tl.where(some, l, 1.0)), float("-inf")), mask=exists)
+    tl.store(
+        Lse + at, tl.where(some, m / 1.4426950408889634 + tl.log(tl.where(some, l, 1.0)), float("-inf")), mask=exists
+    )
     if GATED:
         tl.store(Raw + at[:, None] * D + d[None, :], o.to(Raw.dtype.element_ty), mask=put)
         gate = tl.load(Gate + b * gb + h * gh + idx.to(tl.int64) * gn, mask=served, other=0.0).to(tl.float32)

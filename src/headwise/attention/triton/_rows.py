@@ -29,8 +29,13 @@ class RowsCall:
 
     def flags(self, gate: Tensor | None) -> dict[str, bool]:
         """Compile-time switches of the portable kernels."""
-        return dict(ROUTED=self.rows is not None, SPANS=self.windows is not None, CAUSAL=self.causal,
-                    GATED=gate is not None, STARTED=self.key_start is not None)
+        return dict(
+            ROUTED=self.rows is not None,
+            SPANS=self.windows is not None,
+            CAUSAL=self.causal,
+            GATED=gate is not None,
+            STARTED=self.key_start is not None,
+        )
 
 
 def build_rows(active: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +102,9 @@ def use_hopper(q: Tensor) -> bool:
     return _host.hopper(q) and q.dtype != torch.float32 and q.shape[-1] in (64, 128)
 
 
-def portable_forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, call: RowsCall) -> tuple[Tensor, Tensor, Tensor]:
+def portable_forward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, call: RowsCall
+) -> tuple[Tensor, Tensor, Tensor]:
     """Out and raw (ungated) (B,H,N,D), lse (B,H,N); raw is out when there is no gate."""
     from headwise.attention.triton import _kernels_rows as kernels
 

@@ -43,7 +43,9 @@ def block_attention(
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
     C = -(-N // block_size)
     if block_index.dim() != 4 or block_index.shape[:3] != (B, K, C) or block_index.dtype != torch.int32:
-        raise ValueError(f"block_index must be int32 (B,K,C,E) = ({B}, {K}, {C}, E), got {block_index.dtype} {tuple(block_index.shape)}")
+        raise ValueError(
+            f"block_index must be int32 (B,K,C,E) = ({B}, {K}, {C}, E), got {block_index.dtype} {tuple(block_index.shape)}"
+        )
     options = (block_index.contiguous(), block_size, causal, _host.softmax_scale(scale, D), return_lse)
     out, lse = _Blocks.apply(q, k, v, *options)
     return (out, lse) if return_lse else out
@@ -72,7 +74,9 @@ class _Blocks(torch.autograd.Function):
         q, k, v, out, lse, index = ctx.saved_tensors
         block_size, causal, scale, want_lse_grad = ctx.options
         d_lse = d_lse.contiguous() if want_lse_grad else None
-        grads = portable_backward(q, k, v, out, lse, _host.last_dim_contiguous(d_out), d_lse, index, block_size, causal, scale)
+        grads = portable_backward(
+            q, k, v, out, lse, _host.last_dim_contiguous(d_out), d_lse, index, block_size, causal, scale
+        )
         return (*grads, None, None, None, None, None)
 
 
@@ -86,8 +90,16 @@ def head_tile(G: int, block_size: int, D: int, dtype: torch.dtype, rows: int) ->
 
 def _consts(D: int, block_size: int, BM: int, causal: bool, dtype: torch.dtype) -> dict:
     """Compile-time constants of the portable kernels."""
-    return dict(D=D, BD=_host.pad_head_dim(D), BS=block_size, BM=BM, CAUSAL=causal, PRECISION=_host.dot_precision(dtype),
-                num_warps=8 if BM >= 128 else 4, num_stages=2 if D <= 128 and dtype != torch.float32 else 1)
+    return dict(
+        D=D,
+        BD=_host.pad_head_dim(D),
+        BS=block_size,
+        BM=BM,
+        CAUSAL=causal,
+        PRECISION=_host.dot_precision(dtype),
+        num_warps=8 if BM >= 128 else 4,
+        num_stages=2 if D <= 128 and dtype != torch.float32 else 1,
+    )
 
 
 def portable_forward(q, k, v, index, block_size: int, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -57,10 +57,24 @@ def plan_splits(lengths: Tensor, *, block: int = 64, programs: int | None = None
         raise ValueError(f"at most {MAX_SEGMENTS} (row, kv head) pairs in one call, got {segments}")
     if programs is None:
         programs = 4 if _host.interpreting() else 2 * _host.multiprocessors(lengths.device.index)
-    starts, first, share = (torch.empty(n, dtype=torch.int32, device=lengths.device) for n in (segments + 1, programs, 1))
+    starts, first, share = (
+        torch.empty(n, dtype=torch.int32, device=lengths.device) for n in (segments + 1, programs, 1)
+    )
     size = max(16, 1 << (segments - 1).bit_length())
-    kernels.plan_decode[(1,)](lengths, starts, first, share, segments, programs, *lengths.stride(), K, BN=block, S=size,
-                              PP=max(1, min(64, 8192 // size)), num_warps=4 if size <= 1024 else 8)
+    kernels.plan_decode[(1,)](
+        lengths,
+        starts,
+        first,
+        share,
+        segments,
+        programs,
+        *lengths.stride(),
+        K,
+        BN=block,
+        S=size,
+        PP=max(1, min(64, 8192 // size)),
+        num_warps=4 if size <= 1024 else 8,
+    )
     return SplitPlan(starts, first, share, programs, block, stages)
 
 
@@ -196,7 +210,11 @@ def _check(q, k_ptr, v_ptr, lengths, slot_positions, query_positions) -> None:
         raise ValueError(f"query heads ({H}) must be a multiple of kv heads ({K}) and H/K * Nq at most 64")
     if q.dtype not in _host.DTYPES or D % 16 or D > _host.MAX_HEAD_DIM:
         raise ValueError(f"unsupported dtype {q.dtype} or head dim {D}")
-    for name, x, dtype in (("k_ptr", k_ptr, torch.int64), ("v_ptr", v_ptr, torch.int64), ("lengths", lengths, torch.int32)):
+    for name, x, dtype in (
+        ("k_ptr", k_ptr, torch.int64),
+        ("v_ptr", v_ptr, torch.int64),
+        ("lengths", lengths, torch.int32),
+    ):
         if x.shape != (B, K) or x.dtype != dtype or x.device != q.device:
             raise ValueError(f"{name} must be {dtype} (B,K) = {(B, K)} on {q.device}, got {x.dtype} {tuple(x.shape)}")
     if (slot_positions is None) != (query_positions is None):
