@@ -63,7 +63,10 @@ def check_key_start(key_start: Tensor | None, B: int) -> Tensor | None:
 
 def gate_strides(gate: Tensor | None) -> tuple[int, int, int]:
     """Strides of the gate, zeros when there is none."""
-    return (0, 0, 0) if gate is None else gate.stride()
+    if gate is None:
+        return 0, 0, 0
+    B, H, N = gate.stride()
+    return B, H, N
 
 
 class _Rows(torch.autograd.Function):
@@ -160,7 +163,7 @@ def portable_backward(q, k, v, gate, raw, lse, d_out, d_lse, call: RowsCall):
     kernels.rows_dkv[(-(-M // tiles["BN"]) * B * K,)](
         q, k, v, d_out, gate, lse, delta, dk, dv, *tables, *strides, call.scale, H, H // K, N, M, B * K, **consts, **tiles,
     )  # fmt: skip
-    return dq, dk, dv, d_gate.to(gate.dtype) if gate is not None else None
+    return dq, dk, dv, d_gate.to(gate.dtype) if gate is not None and d_gate is not None else None
 
 
 def rows_attention(q, k, v, gate, call: RowsCall, return_lse: bool):

@@ -100,9 +100,11 @@ def _split(q, k, v, sinks: Spans, windows: Spans, full: list[int], scale: float,
     """Full heads by the library, the others by the own kernel, joined in head order."""
     K, group = k.shape[1], q.shape[1] // k.shape[1]
     rest = [h for h in range(K) if h not in set(full)]
-    part = [_take(q, rest, group), _take(k, rest, 1), _take(v, rest, 1)]
-    sinks, windows = ([int(s[h]) for h in rest] for s in (sinks, windows))
-    short = span_attention(*part, sinks, windows, scale=scale, dense_full_heads=False, deterministic=deterministic)
+    short = span_attention(
+        _take(q, rest, group), _take(k, rest, 1), _take(v, rest, 1), [int(sinks[h]) for h in rest],
+        [int(windows[h]) for h in rest], scale=scale, dense_full_heads=False, deterministic=deterministic,
+    )  # fmt: skip
+    assert isinstance(short, Tensor)
     dense = _dense(_take(q, full, group), _take(k, full, 1), _take(v, full, 1), scale)
     order = [h * group + g for h in full + rest for g in range(group)]
     joined = torch.cat([dense, short], dim=1)
