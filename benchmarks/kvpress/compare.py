@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -54,14 +54,16 @@ def tensor_bytes(cache: Any) -> int:
 
 
 @torch.no_grad()
-def run_headwise(shared: dict[str, Any]) -> dict[str, Any]:
-    """Our side: the plan attached, plain forward passes."""
+def run_headwise(shared: dict[str, Any], prefill_mode: Literal["masked", "dense"]) -> dict[str, Any]:
+    """Our side: the plan attached, plain forward passes. kvpress reads the prompt densely, which is `prefill_mode="dense"` here."""
     import headwise
     from headwise.hub import load_model
 
     model, _ = load_model("smollm2")
     keep = headwise.HeadSet.from_mask(~torch.tensor(shared["streaming"]), "kv")
-    plan = headwise.HeadPlan.from_set(keep, headwise.SinkWindow(shared["sinks"], shared["recent"]), 30, 3)
+    plan = headwise.HeadPlan.from_set(
+        keep, headwise.SinkWindow(shared["sinks"], shared["recent"]), 30, 3, prefill=prefill_mode
+    )
 
     def prefill(ids: torch.Tensor) -> Any:
         return model(ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -131,8 +133,12 @@ def main() -> None:
         shared = json.loads(options.shared.read_text())
     else:
         shared = prompts_and_plan(options.length, options.prompts, options.full, 16, 128)
-    run = run_headwise if options.side == "headwise" else run_kvpress
-    shared.setdefault("figures", {})[options.side] = run(shared)
+    figures = shared.setdefault("figures", {})
+    if options.side == "kvpress":
+        figures["kvpress"] = run_kvpress(shared)
+    else:
+        figures["headwise_dense_prefill"] = run_headwise(shared, "dense")
+        figures["headwise_masked_prefill"] = run_headwise(shared, "masked")
     options.shared.write_text(json.dumps(shared))
     print(json.dumps(shared["figures"], indent=1))
 

@@ -1,6 +1,7 @@
 """attach: what it reaches, that nothing active changes nothing, and that the model is always left as it was."""
 
 import copy
+import dataclasses
 import gc
 import weakref
 
@@ -358,3 +359,13 @@ def test_ablate_in_one_line():
         with pytest.raises(EditError, match="mean"):
             headwise.ablate(model, "L0H1", mode=mode)
     assert state(model) == state(tiny())
+
+
+def test_a_dense_prefill_means_the_same_with_and_without_a_cache():
+    model, ids = tiny("llama"), torch.arange(3, 43)[None]
+    plan = headwise.HeadPlan.uniform(headwise.SinkWindow(2, 8), 3, 2, prefill="dense")
+    with torch.no_grad(), headwise.attach(model, plan=plan):
+        kept, bare = model(ids, use_cache=True).logits, model(ids, use_cache=False).logits
+    assert torch.equal(kept, bare)
+    with torch.no_grad(), headwise.attach(model, plan=dataclasses.replace(plan, prefill="masked")):
+        assert not torch.allclose(model(ids, use_cache=False).logits, bare)

@@ -7,9 +7,10 @@ from types import TracebackType
 
 from torch import nn
 
-from headwise.attach.controller import Controller, Intervention, Observer, Router, Transform, controllers
+from headwise.attach.controller import Controller, controllers
 from headwise.attach.hook import HeadCall
 from headwise.attach.locate import Stack, find_stack, fingerprint
+from headwise.attach.site import Intervention, Observer, Router, Transform
 from headwise.callable_module import make_callable
 from headwise.edits import Edit, HeadEdits
 from headwise.errors import AttachError

@@ -10,152 +10,20 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from headwise.attach import hook
-from headwise.attach.edit import Applied, apply_output_edits, apply_query_edits, localize
-from headwise.attach.hook import HeadCall
+from headwise.attach.edit import localize
 from headwise.attach.locate import Stack
-from headwise.cache import HeadwiseCache, HeadwiseLayer
-from headwise.edits import HeadEdits
+from headwise.attach.site import Intervention, Site
+from headwise.cache import HeadwiseCache
 from headwise.errors import AttachError, CacheError
 from headwise.plan import HeadPlan, Pattern, SinkWindow
-from headwise.units import Fingerprint
-
-
-class LayerRouter(Protocol):
-    """A router's module for one layer: gates (B, N, H) from what the call offers."""
-
-    needs_hidden: bool
-
-    def __call__(self, call: HeadCall) -> Tensor: ...
-
-
-class Router(Protocol):
-    """What `attach(router=...)` takes: a module per layer (None: all gates 1), and a loss to add in training.
-
-    `attach` calls `check` and `install` before the first forward pass, and `uninstall` when the router goes or when
-    attaching fails after `install`. `install` hangs what has parameters into the model, so that optimizers and `.to()`
-    reach it, and changes nothing if it raises; `uninstall` leaves the model as it was.
-    """
-
-    def for_layer(self, layer: int) -> nn.Module | None: ...
-
-    def check(self, fingerprint: Fingerprint) -> None: ...
-
-    def install(self, model: nn.Module, stack: Stack) -> None: ...
-
-    def uninstall(self, model: nn.Module, stack: Stack) -> None: ...
-
-    def loss(self) -> Tensor | None: ...
-
-
-Observer = Callable[[HeadCall, Tensor], None]
-
-Transform = Callable[[HeadCall, Callable[[], Tensor]], Tensor]
-"""What `attach(transforms=...)` takes: from the call, and a function that computes the head outputs as they would be without it,
-the head outputs (B, N, H, D) that take their place. Gradients flow through it; it need not call the function."""
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """What one `attach` asked for."""
-
-    plan: HeadPlan | None = None
-    edits: HeadEdits | None = None
-    router: Router | None = None
-    observers: tuple[Observer, ...] = ()
-    transforms: tuple[Transform, ...] = ()
-
-
-@dataclass
-class Site:
-    """One attention layer of an attached model."""
-
-    controller: Controller
-    layer: int
-    base: Callable
-    kv_heads: int  # on this rank
-    first_head: int = 0  # global id of this rank's first query head
-    patterns: tuple[Pattern, ...] | None = None
-    edits: tuple[Applied, ...] = ()
-    router: LayerRouter | None = None
-    observers: tuple[Observer, ...] = ()
-    transforms: tuple[Transform, ...] = ()
-    hidden: Tensor | None = field(default=None, repr=False)
-
-    @property
-    def active(self) -> bool:
-        """Is there anything to do but the base attention?"""
-        return bool(self.patterns or self.edits or self.router or self.observers or self.transforms)
-
-    def run(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, object]
-    ) -> tuple[Tensor, Tensor | None]:
-        """One attention call with everything that is attached to this layer."""
-        past, first = self._columns(q, k)
-        call = HeadCall(self, module, q, k, v, mask, options, past=past, first_column=first, hidden=self.hidden)
-        self.hidden = None
-        if self.patterns is not None:
-            self._open_cache(call)
-        out, weights = self._attend(call, apply_query_edits(self.edits, call))
-        if self.router is not None:
-            out = out * self.router(call)[..., None].to(out.dtype)
-        out = apply_output_edits(self.edits, call, out)
-        for observe in self.observers:
-            observe(call, out)
-        return out, weights
-
-    def _columns(self, q: Tensor, k: Tensor) -> tuple[int, int]:
-        """(columns before the first query, column of the first key): a sliding cache lets old columns go, a static one is longer."""
-        cache, N, M = self.controller.cache, q.shape[2], k.shape[2]
-        seen = 0 if cache is None or isinstance(cache, HeadwiseCache) else int(cache.get_seq_length(self.layer))
-        return (M - N, 0) if seen < N else (seen - N, max(0, seen - M))
-
-    def _attend(self, call: HeadCall, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The attention of queries `q`, or what the transforms make of it, the first attached innermost."""
-        if not self.transforms:
-            return call._attend(q)
-        compute: Callable[[], Tensor] = functools.partial(call.attend, q)
-        for transform in self.transforms:
-            compute = functools.partial(transform, call, compute)
-        out = compute()
-        B, H, N = call.q.shape[:3]
-        if out.shape != (B, N, H, call.v.shape[-1]):
-            wanted = (B, N, H, call.v.shape[-1])
-            raise AttachError(
-                f"layer {self.layer}: a transform gave {tuple(out.shape)}; head outputs are (B, N, H, D) = {wanted}"
-            )
-        return out.contiguous(), None
-
-    def _open_cache(self, call: HeadCall) -> None:
-        """Under a plan: what the queries read comes from the ragged cache, or from the dense keys by pattern."""
-        call.need_expressible("a KV plan")
-        cache = self.controller.cache
-        layer = cache.layers[self.layer] if isinstance(cache, HeadwiseCache) else None
-        if isinstance(layer, HeadwiseLayer) and layer.pending is not None:
-            width = self.controller.mask_width(call.mask)
-            if width not in (None, layer.seen + call.q.shape[2]):
-                layer.pending = None
-                raise CacheError(
-                    f"layer {self.layer}: the attention mask covers {width} columns, the cache and this "
-                    f"input have {layer.seen} + {call.q.shape[2]}. Was the cache filled by another prompt?"
-                )
-            groups, past, start = layer.take(call.start if layer.needs_start else None)
-            call.groups, call.past = groups, past
-            call._start, call._start_known = start, True
-            return
-        if call.past:
-            raise AttachError(
-                f"layer {self.layer}: a plan needs a HeadwiseCache; an already filled {type(cache).__name__} was given"
-            )
-        assert self.patterns is not None
-        call.groups = call.dense_groups(self.patterns)
 
 
 class Controller:
@@ -242,6 +110,7 @@ class Controller:
         for site, module in zip(self.sites, self.stack.modules, strict=True):
             first_kv = site.first_head * self.stack.kv_heads // self.stack.heads
             site.patterns = None
+            site.dense_prefill = plan is not None and plan.prefill == "dense"
             if plan is not None:
                 own = plan.layer(site.layer)[first_kv : first_kv + site.kv_heads]
                 site.patterns = tuple(sliding(p, module) for p in own)

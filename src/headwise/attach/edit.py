@@ -20,9 +20,9 @@ from headwise.errors import AttachError, EditError
 from headwise.selection import TokenSelection
 
 if TYPE_CHECKING:
-    from headwise.attach.controller import Site
     from headwise.attach.hook import HeadCall
     from headwise.attach.locate import Stack
+    from headwise.attach.site import Site
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from headwise.errors import AttachError
 from headwise.plan import Full, Pattern
 
 if TYPE_CHECKING:
-    from headwise.attach.controller import Site
+    from headwise.attach.site import Site
 
 PREFIX = "headwise_"
 PLAN_BASES = ("sdpa", "eager")  # bases whose mask is a tensor that the op can read
