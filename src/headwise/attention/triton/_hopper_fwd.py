@@ -163,7 +163,10 @@ def softmax_step(s, m, l, scale_log2):
 
 
 @gluon.jit
-def row_place(Rows, bh, kv_row, r0, count, N, H, BS: gl.constexpr, ROUTED: gl.constexpr, BLOCKS: gl.constexpr, heads, layout: gl.constexpr):  # fmt: skip
+def row_place(
+    Rows, bh, kv_row, r0, count, N, H, BS: gl.constexpr, ROUTED: gl.constexpr, BLOCKS: gl.constexpr, heads,
+    layout: gl.constexpr,
+):  # fmt: skip
     """Query index, flat (b*H+h), and validity of 64 rows that start at row r0 of the tile's list."""
     r = r0 + gl.arange(0, WG, layout=layout)
     if BLOCKS:  # r counts rows of (head of the group, query of the block); kv_row is the block's first query

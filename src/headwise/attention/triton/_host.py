@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from functools import cache
@@ -9,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 LOG2E = 1.4426950408889634
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,6 +94,17 @@ def multiprocessors(index: int | None) -> int:
 def hopper(x: Tensor) -> bool:
     """True when x lives on a compute-capability-9 device, where the Gluon kernels run."""
     return x.is_cuda and not interpreting() and capability(x.device.index)[0] == 9
+
+
+@cache
+def gluon_ready() -> bool:
+    """True when this Triton has what the Gluon kernels import (written for and measured with 3.6); notes it once if not."""
+    try:
+        from headwise.attention.triton import _hopper_bwd, _hopper_fwd  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        logger.warning("Gluon kernels are off (%s); the slower portable Triton kernels run instead", error)
+        return False
+    return True
 
 
 def dot_precision(dtype: torch.dtype) -> str:

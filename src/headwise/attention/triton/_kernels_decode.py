@@ -8,11 +8,13 @@ slot p + s is theirs alone.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def plan_decode(Lengths, Starts, First, Share, segments, P, stride_b, stride_k, K, BN: tl.constexpr, S: tl.constexpr, PP: tl.constexpr):  # fmt: skip
+def plan_decode(
+    Lengths, Starts, First, Share, segments, P, stride_b, stride_k, K,
+    BN: tl.constexpr, S: tl.constexpr, PP: tl.constexpr,
+):  # fmt: skip
     """One program: block prefix sums (segments+1), share of blocks a program (1), first segment of every program (P)."""
     s = tl.arange(0, S)
     length = tl.load(Lengths + (s // K) * stride_b + (s % K) * stride_k, mask=s < segments, other=0)
@@ -35,12 +37,8 @@ def decode_partial(
     qb, qh, qn, len_b, len_k, k_row, v_row, scale_log2, segments, P,
     G: tl.constexpr, NQ: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr, CAUSAL: tl.constexpr, POSITIONED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial (unnormalised output, maximum, sum) of every (program, segment) pair."""
-    if PDL:  # the merge may become resident while this kernel runs; it waits for the results itself
-        gdc_wait()
-        gdc_launch_dependents()
     p = tl.program_id(0)
     share = tl.load(Share)
     at = p * share
@@ -109,12 +107,9 @@ def decode_merge(
     Q, PartO, PartM, PartL, Starts, Share, Khat, Vhat, LogCount, Out, Lse,
     qb, qh, qn, scale_log2, H,
     G: tl.constexpr, NQ: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
-    PC: tl.constexpr, COMPENSATED: tl.constexpr, PDL: tl.constexpr,
+    PC: tl.constexpr, COMPENSATED: tl.constexpr,
 ):  # fmt: skip
     """Join the partials of one (segment, tile row) by log-sum-exp, add the compensation token, normalise, write."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     s = tl.program_id(0)
     r = tl.program_id(1)
     b = (s // K).to(tl.int64)
@@ -135,14 +130,16 @@ def decode_merge(
             p = p0 + tl.arange(0, PC)
             on = p <= p_last
             row = (p + s) * R + r
+            # all three loads first: they are independent, and the merge is nothing but latency
             m_p = tl.load(PartM + row, mask=on, other=float("-inf"))
+            l_p = tl.load(PartL + row, mask=on, other=0.0)
+            o_p = tl.load(PartO + row[:, None] * BD + d[None, :], mask=on[:, None], other=0.0)
             m_new = tl.maximum(m, tl.max(m_p, 0))
             safe = tl.where(m_new == float("-inf"), 0.0, m_new)
             beta = tl.exp2(m_p - safe)
             alpha = tl.exp2(m - safe)
-            o_p = tl.load(PartO + row[:, None] * BD + d[None, :], mask=on[:, None], other=0.0)
             acc = acc * alpha + tl.sum(o_p * beta[:, None], 0)
-            l = l * alpha + tl.sum(tl.load(PartL + row, mask=on, other=0.0) * beta, 0)  # noqa: E741
+            l = l * alpha + tl.sum(l_p * beta, 0)  # noqa: E741
             m = m_new
     if COMPENSATED:
         count = tl.load(LogCount + s).to(tl.float32)

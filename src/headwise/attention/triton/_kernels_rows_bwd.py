@@ -103,7 +103,10 @@ def rank_of(Rank, bh, i, N, ROUTED: tl.constexpr):
 
 
 @triton.jit
-def row_range(Rank, bh, first_key, start, sink, window, N, M, BN: tl.constexpr, ROUTED: tl.constexpr, SPANS: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
+def row_range(
+    Rank, bh, first_key, start, sink, window, N, M,
+    BN: tl.constexpr, ROUTED: tl.constexpr, SPANS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """Ranks [lo, hi) of the rows that may see keys [first_key, first_key + BN)."""
     lo = 0
     hi = rank_of(Rank, bh, N, N, ROUTED)

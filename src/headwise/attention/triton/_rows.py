@@ -75,12 +75,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, gate, call: RowsCall):
         q, k, v = (_host.last_dim_contiguous(x) for x in (q, k, v))
-        if use_hopper(q):
-            from headwise.attention.triton import _hopper
-
-            out, raw, lse = _hopper.rows_forward(q, k, v, gate, call)
-        else:
-            out, raw, lse = portable_forward(q, k, v, gate, call)
+        out, raw, lse = rows_forward(q, k, v, gate, call)
         ctx.call = call
         ctx.save_for_backward(q, k, v, gate, raw, lse)
         if not call.want_lse_grad:
@@ -102,7 +97,16 @@ class _Rows(torch.autograd.Function):
 
 def use_hopper(q: Tensor) -> bool:
     """The Gluon kernels take 16-bit inputs with head dims 64 and 128 on compute capability 9."""
-    return _host.hopper(q) and q.dtype != torch.float32 and q.shape[-1] in (64, 128)
+    return _host.hopper(q) and q.dtype != torch.float32 and q.shape[-1] in (64, 128) and _host.gluon_ready()
+
+
+def rows_forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, call: RowsCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, ungated out, lse by the kernel for this device; the last dims of q, k, v are contiguous."""
+    if use_hopper(q):
+        from headwise.attention.triton import _hopper
+
+        return _hopper.rows_forward(q, k, v, gate, call)
+    return portable_forward(q, k, v, gate, call)
 
 
 def portable_forward(
@@ -167,6 +171,10 @@ def portable_backward(q, k, v, gate, raw, lse, d_out, d_lse, call: RowsCall):
 
 
 def rows_attention(q, k, v, gate, call: RowsCall, return_lse: bool):
-    """Run the autograd function and drop lse unless it was asked for."""
-    out, lse = _Rows.apply(q, k, v, gate, replace(call, want_lse_grad=return_lse))
+    """Run the kernel, through autograd only where a gradient can be asked for; drop lse unless it was asked for."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, gate)):
+        out, lse = _Rows.apply(q, k, v, gate, replace(call, want_lse_grad=return_lse))
+    else:
+        q, k, v = (_host.last_dim_contiguous(x) for x in (q, k, v))
+        out, _, lse = rows_forward(q, k, v, gate, call)
     return (out, lse) if return_lse else out

@@ -133,21 +133,19 @@ def ragged_decode(
     out = torch.empty(B, H, NQ, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, NQ, dtype=torch.float32, device=q.device)
     scale_log2 = _host.softmax_scale(scale, D) * _host.LOG2E
-    pdl = _host.hopper(q)  # programmatic dependent launch: the merge is resident when the partials end
-    launch = dict(launch_pdl=True) if pdl else {}
+    wide = q.dtype == torch.float32 or D > 128  # shared memory then holds two stages only
     consts = dict(G=G, NQ=NQ, K=K, D=D, BD=BD, R=R)
     kernels.decode_partial[(plan.programs,)](
         q, k_ptr.contiguous(), v_ptr.contiguous(), lengths, plan.starts, plan.first, plan.share,
         slot_positions, query_positions, part_o, part_m, part_l,
         *q.stride()[:3], *lengths.stride(), k_stride or D, v_stride or D, scale_log2, plan.segments, plan.programs,
         BN=plan.block, CAUSAL=causal_tail and NQ > 1, POSITIONED=slot_positions is not None,
-        PRECISION=_host.dot_precision(q.dtype), STAGES=min(plan.stages, 2) if q.dtype == torch.float32 or D > 128 else plan.stages, PDL=pdl,
-        num_warps=4, **launch, **consts,
+        PRECISION=_host.dot_precision(q.dtype), STAGES=min(plan.stages, 2) if wide else plan.stages, num_warps=4, **consts,
     )  # fmt: skip
     comp = (None,) * 3 if compensation is None else _compensation(compensation, B, K, D)
     kernels.decode_merge[(B * K, G * NQ)](
         q, part_o, part_m, part_l, plan.starts, plan.share, *comp, out, lse, *q.stride()[:3], scale_log2, H,
-        PC=32 if BD <= 128 else 16, COMPENSATED=compensation is not None, PDL=pdl, num_warps=4, **launch, **consts,
+        PC=64 if BD <= 128 else 32, COMPENSATED=compensation is not None, num_warps=4, **consts,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
