@@ -10,8 +10,7 @@ printf '[pytest]\nmarkers =\n    gpu: needs a CUDA device\n' > "$site/pytest.ini
 export PYTHONPATH=$site PYTHONUNBUFFERED=1
 tests=(); while [ $# -gt 0 ] && [ "$1" != -- ]; do tests+=("$1"); shift; done; shift || true
 if [ "${tests[0]:-none}" != none ]; then
-    (cd "$root" && timeout 240 python3 -m pytest -q -c "$site/pytest.ini" --rootdir="$root" -p no:cacheprovider --tb=short "${tests[@]}" 2>&1 | cut -c1-200 | tail -n "${LINES_TESTS:-60}")
+    (cd "$root" && timeout 400 python3 -m pytest -q -c "$site/pytest.ini" --rootdir="$root" -p no:cacheprovider --tb=short "${tests[@]}" 2>&1 | cut -c1-200 | tail -n "${LINES_TESTS:-60}")
 fi
-[ -n "${EXTRA:-}" ] && (cd "$root" && timeout 200 python3 $EXTRA 2>&1)
-[ "${1:-none}" != none ] && (cd "$root" && timeout 300 python3 benchmarks/kernels/bench.py "$@" 2>&1)
+[ "${1:-none}" != none ] && (cd "$root" && timeout 400 python3 benchmarks/kernels/bench.py "$@" 2>&1)
 exit 0

@@ -180,4 +180,4 @@ def test_smollm2s_heads_do_not_depend_on_which_tokens_are_drawn():
     model, tokenizer = load_model("smollm2")
     tables = [induction(model, tokenizer, length=256, repeats=2, seed=s).to_kv(3) for s in range(3)]
     for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert tables[a].overlap(tables[b], 14) >= 0.75
+        assert tables[a].overlap(tables[b], 14) >= 0.8

@@ -15,10 +15,11 @@ from headwise.plan import SinkWindow
 
 if TYPE_CHECKING:
     from headwise.attention.triton import Compensation as Tokens
+    from headwise.attention.triton import SplitPlan
 
 HEAD_DIMS = range(16, 257, 16)
-ROUTED_TOKENS = 2048  # below, masking the output of a dense library kernel is as fast
-WINDOW_TOKENS = 2048  # below, the library's masked kernel on a band of keys is as fast
+EAGER_TOKENS = 6144  # routed and windowed: below, the host's 0.3 to 0.5 ms a call cost more than a dense kernel takes
+GRAPH_TOKENS = 1024  # the same inside a CUDA graph, where no host is waited for
 DECODE_TOKENS = 1 << 15  # kept tokens over all (row, kv head) pairs; below, launches cost more than memory
 
 
@@ -44,9 +45,10 @@ class Own:
         """Only above the lengths from which it wins."""
         form, tokens = self._form(request), request.queries.count
         kept = sum(g.k.shape[0] * g.k.shape[1] * g.k.shape[2] for g in request.groups)
-        if form == "routed" and tokens >= ROUTED_TOKENS:
+        least = GRAPH_TOKENS if torch.cuda.is_current_stream_capturing() else EAGER_TOKENS
+        if form == "routed" and tokens >= least:
             return f"routed queries, {tokens} tokens"
-        if form == "windowed" and tokens >= WINDOW_TOKENS:
+        if form == "windowed" and tokens >= least:
             return f"windows much shorter than {tokens} tokens"
         if form == "decode" and kept >= DECODE_TOKENS:
             return f"one query over {kept} kept tokens in ragged storage"
@@ -115,13 +117,14 @@ def _decode(request: Request) -> tuple[Tensor, Tensor | None]:
     groups, B, device = request.groups, request.q.shape[0], request.q.device
     places = tuple((g.heads, *_address(g.k), *_address(g.v)) for g in groups)
     k_ptr, v_ptr = _pointers(places, B, request.q.element_size(), device)
-    lengths = _lengths(tuple((g.heads, g.k.shape[2]) for g in groups), B, device)
+    lengths, plan = _work(tuple((g.heads, g.k.shape[2]) for g in groups), B, device)
     found = ragged_decode(
         request.q,
         k_ptr,
         v_ptr,
         lengths,
         scale=request.scale,
+        plan=plan,
         compensation=_all_compensations(request) if request.compensated else None,
         return_lse=request.need_lse,
     )
@@ -152,10 +155,13 @@ def _pointers(places: tuple, B: int, size: int, device: torch.device) -> tuple[T
 
 
 @functools.lru_cache(maxsize=256)
-def _lengths(slots: tuple, B: int, device: torch.device) -> Tensor:
-    """Slots by (row, kv head), (B, K) int32 on the device; layers of the same structure share it."""
+def _work(slots: tuple, B: int, device: torch.device) -> tuple[Tensor, SplitPlan]:
+    """Slots by (row, kv head), (B, K) int32 on the device, and their even split; layers of the same structure share both."""
+    from headwise.attention.triton import plan_splits
+
     by_head = sorted((h, count) for heads, count in slots for h in heads)
-    return torch.tensor([[count for _, count in by_head]] * B, dtype=torch.int32).to(device, non_blocking=True)
+    lengths = torch.tensor([[count for _, count in by_head]] * B, dtype=torch.int32).to(device, non_blocking=True)
+    return lengths, plan_splits(lengths)
 
 
 def _all_compensations(request: Request) -> Tokens:
