@@ -212,7 +212,7 @@ class WindowStore(Store):
         assert self.k is not None and self.v is not None and self.positions is not None
         keep = self._keep(new)
         room = self._room(new)
-        if self.pattern.compensated:
+        if self.pattern.compensated and self.frozen is None:  # a frozen buffer drops nothing more
             self._fold((self.positions >= 0) & ~keep)
         if room >= self.slots and _owns(self.k) and _owns(self.v):
             self.positions = self.positions.masked_fill(~keep, -1)

@@ -38,7 +38,7 @@ class Settings:
     score_tests: int = 6
     prompts: int = 4
     length: int = 448
-    out: tuple[int, ...] = (1, 3, 5)
+    out: tuple[int, ...] = (1, 3)
     random_draws: int = 3
     gate_length: int = 640
     plan_prompts: int = 3
@@ -46,10 +46,10 @@ class Settings:
     full_heads: tuple[int, ...] = (9, 23)
     plan_draws: int = 2
     perplexity_tokens: int = 640
-    moh_tokens: int = 768
+    moh_tokens: int = 512
     moh_heads: tuple[int, ...] = (7, 5)
     fit_tokens: int = 4096
-    recovery_steps: int = 10
+    recovery_steps: int = 8
     recovery_window: int = 256
     seed: int = 0
 
