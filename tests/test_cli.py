@@ -462,3 +462,9 @@ def test_a_planned_paper_says_so(run):
     code, _, err = run("reproduce", planned[0].slug)
     assert code == 2
     assert "is planned" in err
+
+
+def test_generating_beyond_the_context_is_refused(run):
+    code, _, err = run("generate", "-m", LLAMA, "--prompt", "a" * 4000, "--max-new-tokens", "200")
+    assert code == 2
+    assert "reads 4096" in err

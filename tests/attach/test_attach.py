@@ -369,3 +369,12 @@ def test_a_dense_prefill_means_the_same_with_and_without_a_cache():
     assert torch.equal(kept, bare)
     with torch.no_grad(), headwise.attach(model, plan=dataclasses.replace(plan, prefill="masked")):
         assert not torch.allclose(model(ids, use_cache=False).logits, bare)
+
+
+def test_a_window_longer_than_the_models_context_is_refused():
+    model = tiny("llama")
+    context, before = model.config.max_position_embeddings, state(model)
+    with pytest.raises(PlanError, match="saves nothing"):
+        headwise.attach(model, plan=headwise.HeadPlan.uniform(headwise.SinkWindow(4, context), 3, 2))
+    assert state(model) == before
+    headwise.attach(model, plan=headwise.HeadPlan.uniform(headwise.SinkWindow(4, context - 5), 3, 2)).detach()

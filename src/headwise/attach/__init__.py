@@ -13,7 +13,7 @@ from headwise.attach.locate import Stack, find_stack, fingerprint
 from headwise.attach.site import Intervention, Observer, Router, Transform
 from headwise.callable_module import make_callable
 from headwise.edits import Edit, HeadEdits
-from headwise.errors import AttachError
+from headwise.errors import AttachError, PlanError
 from headwise.plan import HeadPlan
 
 __all__ = ["Attachment", "HeadCall", "Router", "Stack", "Transform", "attach", "detach", "find_stack", "fingerprint"]
@@ -115,10 +115,24 @@ def _check(model: nn.Module, found: Stack, stack: str | None, wanted: Interventi
                 f"plan is a {type(wanted.plan).__name__}; it must be a HeadPlan (HeadPlan.load reads one)"
             )
         wanted.plan.check(print_)
+        _check_windows(wanted.plan, found)
     if wanted.edits is not None:
         wanted.edits.check(print_)
     if wanted.router is not None:
         wanted.router.check(print_)
+
+
+def _check_windows(plan: HeadPlan, found: Stack) -> None:
+    """A window that no text of this model can outgrow saves nothing: most likely a slip of a digit."""
+    context = getattr(found.config, "max_position_embeddings", None)
+    if not isinstance(context, int):
+        return
+    for pattern in dict.fromkeys(p for row in plan.patterns for p in row):
+        if not pattern.keeps_all and pattern.kept(context) >= context:
+            raise PlanError(
+                f"pattern {pattern} keeps all of the {context} tokens that this model can read, so it saves nothing: "
+                "shorten the window, or use Full()"
+            )
 
 
 make_callable(__name__, "attach")

@@ -50,6 +50,7 @@ def generate(
         prompt = typer.get_text_stream("stdin").read()
     loaded, tokenizer = common.load(model, dtype, device)
     inputs = _encode(common.tokenizer_of(model, tokenizer), prompt, chat).to(loaded.device)
+    _fits(loaded, inputs["input_ids"].shape[1] + max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling["temperature"] = temperature
@@ -137,6 +138,15 @@ def cache_bytes(cache: Any) -> int:
         return int(cache.nbytes)
     held = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
     return sum(t.nbytes for t in held if t is not None)
+
+
+def _fits(model: Any, tokens: int) -> None:
+    """Beyond its context a model writes nonsense without a word of warning."""
+    from headwise.errors import TaskError
+
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and tokens > context:
+        raise TaskError(f"prompt and new tokens are {tokens} together; this model reads {context}: shorten either")
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
