@@ -157,7 +157,7 @@ class observe:  # noqa: N801 - used like a function
         if self.rows == "all":
             return None
         if self.rows == "last":
-            return _last_columns(call)
+            return None if N == 1 else _last_columns(call)
         assert not isinstance(self.rows, str)
         if len(self.rows) and min(self.rows) < 0:
             columns = sorted(N + int(row) for row in self.rows)
@@ -231,6 +231,8 @@ def _block(
 ) -> dict[str, Tensor]:
     """Statistics of a block of rows, over all groups of kv heads."""
     groups = call.key_groups()
+    if len(groups) == 1:
+        return _group_block(call, q, groups[0], queries, statistics, mass)
     G = q.shape[1] // sum(len(g.heads) for g in groups)
     parts: dict[str, list[Tensor]] = {}
     order: list[int] = []
@@ -251,19 +253,28 @@ def _group_block(
     wide = torch.promote_types(q.dtype, torch.float32)
     q_rows = (q.to(wide) * call.scale).reshape(B, Kg, -1, D)
     logits = (q_rows @ group.k.to(wide).transpose(-1, -2)).reshape(B, Kg, Hg // Kg, R, S)
-    seen = visible(group, queries)[:, :, None]
-    logits = logits.masked_fill(~seen, -torch.inf)
+    if not _sees_all(group, queries):
+        logits = logits.masked_fill(~visible(group, queries)[:, :, None], -torch.inf)
     k_pos = key_positions(group, queries)[:, :, None, None]  # (B, Kg or 1, 1, 1, S)
     found: dict[str, Tensor] = {}
     if "argmax" in statistics:
         best = logits.argmax(-1, keepdim=True)
-        found["argmax"] = k_pos.expand(B, Kg, Hg // Kg, R, S).gather(-1, best)[..., 0]
+        slots_are_positions = group.positions is None and queries.start is None
+        found["argmax"] = (best if slots_are_positions else k_pos.expand(logits.shape).gather(-1, best))[..., 0]
     if mass or any(s in statistics for s in ("entropy", "distance", "top_mass")):
         extra = (
             None if group.compensation is None else _compensation_logits(q_rows, group.compensation, logits.shape[:-1])
         )
         found |= _probability_statistics(logits, extra, k_pos, queries, statistics, mass)
     return {name: values.reshape(B, Hg, R) for name, values in found.items()}
+
+
+def _sees_all(group: KVGroup, queries: Queries) -> bool:
+    """One unpadded query over everything before it: the usual decode step, for which no mask is built."""
+    S = group.k.shape[2]
+    whole = group.complete or (group.positions is None and queries.offset + 1 == S and group.pattern.kept(S) == S)
+    plain = queries.mask is None and queries.start is None and queries.causal
+    return queries.count == 1 and plain and whole and not isinstance(queries, _Picked)
 
 
 def _compensation_logits(q_rows: Tensor, compensation: Compensation, shape: torch.Size) -> Tensor:
