@@ -191,13 +191,16 @@ def row_statistics(
     queries = call.queries()
     q = call.q if index is None else _rows_of(call.q, index)
     R = q.shape[2]
-    keys = sum(g.k.shape[2] for g in call.key_groups())
+    groups = call.key_groups()
+    keys = sum(g.k.shape[2] for g in groups)
     step = max(1, BLOCK // max(1, q.shape[0] * q.shape[1] * keys))
     blocks = []
     for begin in range(0, R, step):
         end = min(begin + step, R)
         columns = None if index is None else index[:, begin:end]
-        blocks.append(_block(call, q[:, :, begin:end], _some(queries, begin, end, columns), statistics, mass))
+        blocks.append(_block(call, groups, q[:, :, begin:end], _some(queries, begin, end, columns), statistics, mass))
+    if len(blocks) == 1:
+        return blocks[0]
     return {name: torch.cat([b[name] for b in blocks], dim=-1) for name in blocks[0]}
 
 
@@ -227,10 +230,14 @@ def _some(queries: Queries, begin: int, end: int, index: Tensor | None) -> Queri
 
 
 def _block(
-    call: HeadCall, q: Tensor, queries: Queries, statistics: Sequence[str], mass: Mapping[str, PairTest]
+    call: HeadCall,
+    groups: Sequence[KVGroup],
+    q: Tensor,
+    queries: Queries,
+    statistics: Sequence[str],
+    mass: Mapping[str, PairTest],
 ) -> dict[str, Tensor]:
     """Statistics of a block of rows, over all groups of kv heads."""
-    groups = call.key_groups()
     if len(groups) == 1:
         return _group_block(call, q, groups[0], queries, statistics, mass)
     G = q.shape[1] // sum(len(g.heads) for g in groups)

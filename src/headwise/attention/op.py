@@ -77,6 +77,8 @@ def attention(
 
 def split_by_pattern(k: Tensor, v: Tensor, patterns: Sequence[Pattern]) -> list[KVGroup]:
     """Groups of kv heads with equal patterns over the same dense keys, k (B, K, M, D)."""
+    if len(set(patterns)) == 1:
+        return [KVGroup(heads=tuple(range(len(patterns))), k=k, v=v, pattern=patterns[0])]
     heads: dict[Pattern, list[int]] = {}
     for head, pattern in enumerate(patterns):
         heads.setdefault(pattern, []).append(head)
