@@ -39,6 +39,7 @@ class Controller:
         self.interventions: list[Intervention] = []
         self.sites = [self._site(layer, module) for layer, module in enumerate(stack.modules)]
         self._hooks: list[Any] = []
+        self._hidden_hooks: list[Any] = []  # only where something reads the hidden states
 
     def _site(self, layer: int, module: nn.Module) -> Site:
         rank, size = tensor_parallel(module)
@@ -59,14 +60,11 @@ class Controller:
             module.__dict__["_headwise_site"] = site
         self.stack.owner.__dict__.setdefault("_headwise_controllers", {})[self.stack.pattern] = self
         self._hooks = [self.stack.owner.register_forward_pre_hook(self._before, with_kwargs=True)]
-        self._hooks += [
-            module.register_forward_pre_hook(functools.partial(_keep_hidden, site), with_kwargs=True)
-            for site, module in zip(self.sites, self.stack.modules, strict=True)
-        ]
+        self._watch_hidden()
 
     def remove(self) -> None:
         """Put everything back; a config shared with another attached stack stays switched until that one goes."""
-        for handle in self._hooks:
+        for handle in self._hooks + self._hidden_hooks:
             handle.remove()
         for module in self.stack.modules:
             module.__dict__.pop("_headwise_site", None)
@@ -121,6 +119,18 @@ class Controller:
             site.observers = tuple(o for i in self.interventions for o in i.observers)
             site.transforms = tuple(t for i in self.interventions for t in i.transforms)
             site.router = router.for_layer(site.layer) if router is not None else None  # type: ignore[assignment]
+        if self._hooks:
+            self._watch_hidden()
+
+    def _watch_hidden(self) -> None:
+        """A pre-hook on the attention modules whose hidden states something reads; the others stay without a hook."""
+        for handle in self._hidden_hooks:
+            handle.remove()
+        self._hidden_hooks = [
+            module.register_forward_pre_hook(functools.partial(_keep_hidden, site), with_kwargs=True)
+            for site, module in zip(self.sites, self.stack.modules, strict=True)
+            if site.reads_hidden
+        ]
 
     # -- before a forward pass ---------------------------------------------------------------------------------------
 
@@ -238,9 +248,8 @@ def _brief(mask: object) -> Tensor | str | None:
 
 
 def _keep_hidden(site: Site, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Attention pre-hook: what has a true attribute `needs_hidden` reads the hidden states that enter the attention."""
-    if any(getattr(part, "needs_hidden", False) for part in (site.router, *site.observers, *site.transforms)):
-        site.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    """Attention pre-hook: the hidden states that enter the attention, for the call that follows."""
+    site.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 def sliding(pattern: Pattern, module: nn.Module) -> Pattern:

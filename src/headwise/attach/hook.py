@@ -144,7 +144,11 @@ class HeadCall:
 
     def key_groups(self) -> list[KVGroup]:
         """What the queries read, as the op takes it; one dense group without a plan."""
-        return self.groups if self.groups is not None else self.dense_groups([Full()] * self.k.shape[1])
+        if self.groups is not None:
+            return self.groups
+        if self.first_column:
+            return self.dense_groups([Full()] * self.k.shape[1])
+        return [KVGroup(tuple(range(self.k.shape[1])), self.k, self.v)]
 
     def dense_groups(self, patterns: Sequence[Pattern]) -> list[KVGroup]:
         """Groups of kv heads with equal patterns over the keys as the model gives them."""

@@ -46,11 +46,17 @@ class Record:
         self.norm_sum = [None] * self.layers
         self.norm_count = [0.0] * self.layers
 
+    def add(self, name: str, layer: int, values: Tensor) -> None:
+        """Append values (B, H, R); they stay on their device until `table`, so that a decode step waits for nothing."""
+        if name not in self.rows:
+            self.rows[name] = [[] for _ in range(self.layers)]
+        self.rows[name][layer].append(values)
+
     def table(self, name: str) -> Tensor:
-        """(L, B, H, R) of a row statistic: argmax (position of the key), entropy (nats), distance (tokens), mass names."""
+        """(L, B, H, R) on the CPU of a row statistic: argmax (position of the key), entropy (nats), distance (tokens), mass names."""
         if name not in self.rows or not all(self.rows[name]):
             raise AttachError(f"nothing recorded under {name!r}; recorded: {sorted(self.rows)}, or no forward pass ran")
-        return torch.stack([torch.cat(parts, dim=-1) for parts in self.rows[name]])
+        return torch.stack([torch.cat(parts, dim=-1).cpu() for parts in self.rows[name]])
 
     def output(self, layer: int) -> Tensor:
         """Per-head outputs of a layer before the output projection, (B, N, H, D), all forward passes in a row."""
@@ -80,7 +86,8 @@ class observe:  # noqa: N801 - used like a function
     from the end of each forward pass. `mass`: name -> test on key positions; records the probability mass
     on the keys for which the test is true. `pair_mass`: name -> test on (query positions, key positions), where the keys
     that count differ from query to query: the two broadcast against each other. Memory: 4 * B * H * R bytes per
-    layer and statistic, and 16 MiB of scratch; "output" keeps 4 * B * N * H * D bytes a layer.
+    layer and statistic, and 16 MiB of scratch; "output" keeps 4 * B * N * H * D bytes a layer. Under tensor parallelism
+    a rank records its own heads, H / ranks of them; the other tables are on the other ranks.
 
     >>> from headwise.hub import load_model
     >>> model, _ = load_model("tiny-random-llama")
@@ -146,10 +153,8 @@ class observe:  # noqa: N801 - used like a function
         index = self._row_index(call)
         if index is not None and index.numel() == 0:
             return
-        found = row_statistics(call, self.statistics, self.mass, index)
-        for name, values in found.items():
-            parts = self.record.rows.setdefault(name, [[] for _ in range(self.record.layers)])
-            parts[call.layer].append(values.cpu())
+        for name, values in row_statistics(call, self.statistics, self.mass, index).items():
+            self.record.add(name, call.layer, values)
 
     def _row_index(self, call: HeadCall) -> Tensor | None:
         """Query columns to watch (B, R); None = all of them."""
@@ -194,13 +199,13 @@ def row_statistics(
     groups = call.key_groups()
     keys = sum(g.k.shape[2] for g in groups)
     step = max(1, BLOCK // max(1, q.shape[0] * q.shape[1] * keys))
+    if step >= R and index is None:
+        return _block(call, groups, q, queries, statistics, mass)
     blocks = []
     for begin in range(0, R, step):
         end = min(begin + step, R)
         columns = None if index is None else index[:, begin:end]
         blocks.append(_block(call, groups, q[:, :, begin:end], _some(queries, begin, end, columns), statistics, mass))
-    if len(blocks) == 1:
-        return blocks[0]
     return {name: torch.cat([b[name] for b in blocks], dim=-1) for name in blocks[0]}
 
 
@@ -259,29 +264,38 @@ def _group_block(
     Kg, S = group.k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     q_rows = (q.to(wide) * call.scale).reshape(B, Kg, -1, D)
-    logits = (q_rows @ group.k.to(wide).transpose(-1, -2)).reshape(B, Kg, Hg // Kg, R, S)
+    logits = torch.matmul(q_rows, group.k.to(wide).mT).view(B, Kg, Hg // Kg, R, S)
     if not _sees_all(group, queries):
         logits = logits.masked_fill(~visible(group, queries)[:, :, None], -torch.inf)
-    k_pos = key_positions(group, queries)[:, :, None, None]  # (B, Kg or 1, 1, 1, S)
     found: dict[str, Tensor] = {}
     if "argmax" in statistics:
-        best = logits.argmax(-1, keepdim=True)
-        slots_are_positions = group.positions is None and queries.start is None
-        found["argmax"] = (best if slots_are_positions else k_pos.expand(logits.shape).gather(-1, best))[..., 0]
+        found["argmax"] = _positions_of_best(logits, group, queries)
     if mass or any(s in statistics for s in ("entropy", "distance", "top_mass")):
         extra = (
             None if group.compensation is None else _compensation_logits(q_rows, group.compensation, logits.shape[:-1])
         )
+        k_pos = key_positions(group, queries)[:, :, None, None]  # (B, Kg or 1, 1, 1, S)
         found |= _probability_statistics(logits, extra, k_pos, queries, statistics, mass)
     return {name: values.reshape(B, Hg, R) for name, values in found.items()}
+
+
+def _positions_of_best(logits: Tensor, group: KVGroup, queries: Queries) -> Tensor:
+    """Position of each row's largest logit, (B, Kg, G, R)."""
+    best = logits.argmax(-1)
+    if group.positions is None and queries.start is None:  # slot t holds position t
+        return best
+    k_pos = key_positions(group, queries)[:, :, None, None]  # (B, Kg or 1, 1, 1, S)
+    return k_pos.expand(logits.shape).gather(-1, best[..., None])[..., 0]
 
 
 def _sees_all(group: KVGroup, queries: Queries) -> bool:
     """One unpadded query over everything before it: the usual decode step, for which no mask is built."""
     S = group.k.shape[2]
-    whole = group.complete or (group.positions is None and queries.offset + 1 == S and group.pattern.kept(S) == S)
-    plain = queries.mask is None and queries.start is None and queries.causal
-    return queries.count == 1 and plain and whole and not isinstance(queries, _Picked)
+    if queries.count != 1 or queries.mask is not None or queries.start is not None or not queries.causal:
+        return False
+    in_order = group.positions is None and queries.offset + 1 == S
+    whole = group.complete or (in_order and (group.pattern.keeps_all or group.pattern.kept(S) == S))
+    return whole and not isinstance(queries, _Picked)
 
 
 def _compensation_logits(q_rows: Tensor, compensation: Compensation, shape: torch.Size) -> Tensor:

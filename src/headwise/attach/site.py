@@ -89,6 +89,11 @@ class Site:
         """Is there anything to do but the base attention?"""
         return bool(self.patterns or self.edits or self.router or self.observers or self.transforms)
 
+    @property
+    def reads_hidden(self) -> bool:
+        """Does anything attached, by a true attribute `needs_hidden`, ask for the input of the attention module?"""
+        return any(getattr(part, "needs_hidden", False) for part in (self.router, *self.observers, *self.transforms))
+
     def run(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, object]
     ) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,10 @@
 """DuoAttention's split (Xiao et al. 2024, arXiv 2410.10819): the best kv heads keep the whole past, the others sinks and a window."""
 
+from typing import Any
+
 import torch
 
+from headwise.budget._scores import full_heads, kv_scores
 from headwise.checks import finite, whole
 from headwise.errors import PlanError
 from headwise.plan import Budget, HeadPlan, Prefill, SinkWindow
@@ -55,13 +58,10 @@ def duo(
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) != 1:
         raise PlanError(f"give exactly one of budget=, sparsity= and threshold=, not {' and '.join(chosen) or 'none'}")
-    kv, other = _of_kv_heads(scores), SinkWindow(sinks, window)
+    kv, other = kv_scores("scores", scores), SinkWindow(sinks, window)
     if budget is not None:
-        amount = Budget.parse(budget) if isinstance(budget, str) else budget
-        if amount.unit == "bytes" and head_dim is None:
-            raise PlanError(f"a budget of {amount} needs head_dim=, the size of a head")
-        sizes = {"layers": kv.layers, "kv_heads": kv.units, "head_dim": head_dim or 1, "dtype_bytes": dtype_bytes}
-        full = amount.full_heads(context=context, other=other, batch=batch, **sizes)
+        sizes: Any = {"context": context, "batch": batch, "head_dim": head_dim, "dtype_bytes": dtype_bytes}
+        full = full_heads(budget, kv, other, **sizes)
     elif sparsity is not None:
         if not 0 <= finite("sparsity", sparsity, PlanError) <= 1:
             raise PlanError(f"sparsity is {sparsity}; it must lie in [0, 1], the share of heads that stream")
@@ -77,19 +77,6 @@ def duo(
         fingerprint=kv.fingerprint,
         method="duo",
         meta={"scores": kv.method, "full_heads": full, "of_heads": len(kv), "seed": seed},
-    )
-
-
-def _of_kv_heads(scores: HeadScores) -> HeadScores:
-    if not isinstance(scores, HeadScores):
-        raise PlanError(f"scores must be HeadScores, not {type(scores).__name__}; HeadScores.load reads a file of them")
-    if scores.kind == "kv":
-        return scores
-    if scores.kind == "head" and scores.fingerprint is not None:
-        return scores.to_kv(scores.fingerprint.kv_heads, "max")
-    raise PlanError(
-        f"a plan needs scores of kv heads, these are of kind {scores.kind!r} and do not know their model: "
-        "HeadScores.to_kv(kv_heads) makes them"
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+from headwise.budget._scores import full_heads, kv_scores
 from headwise.checks import finite, shown, whole
 from headwise.errors import PlanError
 from headwise.plan import Budget, Elastic, HeadPlan
@@ -65,8 +66,8 @@ def razor(
     >>> str(plan.full_heads()), plan.kept(1000)[0].tolist()
     ('L3K0,L3K1', [204, 204])
     """
-    kv = _of_kv_heads("scores", scores, kv_heads)
-    echoes = None if echo is None else _of_kv_heads("echo", echo, kv_heads or kv.units)
+    kv = kv_scores("scores", scores, kv_heads)
+    echoes = None if echo is None else kv_scores("echo", echo, kv_heads or kv.units)
     if echoes is not None:
         _check_pair(kv, echoes)
     other = buffer(sinks, s0, c, weight, sliding)
@@ -76,11 +77,8 @@ def razor(
         if echoes is not None:
             keep = keep | echoes.top_fraction(shares[1])
     else:
-        amount = Budget.parse(budget) if isinstance(budget, str) else budget
-        if amount.unit == "bytes" and head_dim is None:
-            raise PlanError(f"a budget of {amount} needs head_dim=, the size of a head")
-        sizes = {"layers": kv.layers, "kv_heads": kv.units, "head_dim": head_dim or 1, "dtype_bytes": dtype_bytes}
-        full = amount.full_heads(context=context, other=other, batch=batch, **sizes)
+        sizes: Any = {"context": context, "batch": batch, "head_dim": head_dim, "dtype_bytes": dtype_bytes}
+        full = full_heads(budget, kv, other, **sizes)
         keep = _best_of_both(kv, echoes, full, shares)
     meta = {"scores": kv.method, "echo": "" if echoes is None else echoes.method, "full_heads": len(keep)}
     return HeadPlan.from_set(
@@ -113,19 +111,6 @@ def _best_of_both(scores: HeadScores, echo: HeadScores | None, full: int, shares
     while len(keep) < full:
         keep = keep | next(order)
     return keep
-
-
-def _of_kv_heads(name: str, scores: HeadScores, kv_heads: int | None) -> HeadScores:
-    if not isinstance(scores, HeadScores):
-        raise PlanError(f"{name} must be HeadScores, not {type(scores).__name__}; HeadScores.load reads a file of them")
-    if scores.kind == "kv":
-        return scores
-    count = scores.fingerprint.kv_heads if scores.fingerprint else kv_heads
-    if scores.kind != "head" or count is None:
-        raise PlanError(
-            f"a plan needs scores of kv heads, {name} holds those of kind {scores.kind!r} and does not know its model: give kv_heads="
-        )
-    return scores.to_kv(count, "max")
 
 
 def _check_pair(scores: HeadScores, echo: HeadScores) -> None:
