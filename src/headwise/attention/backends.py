@@ -58,6 +58,11 @@ class Request:
         """Does a group carry compensation tokens?"""
         return any(g.compensation is not None for g in self.groups)
 
+    @property
+    def selected(self) -> bool:
+        """Do lists say which keys are read?"""
+        return any(g.selection is not None for g in self.groups)
+
 
 class Backend(Protocol):
     """What `attention` needs of a backend."""
@@ -127,6 +132,8 @@ class Flex:
             return "it has no dropout"
         if request.need_lse or request.compensated or any(g.positions is not None for g in request.groups):
             return "it takes dense keys without compensation or log-sum-exp"
+        if request.selected or request.queries.packed:
+            return "it takes no lists of selected keys and no packed rows"
         if not request.q.is_cuda and request.needs_grad:
             return "it has no backward on CPU"
         return None

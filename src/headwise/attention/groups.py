@@ -30,6 +30,33 @@ class Compensation:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Lists of what queries read: `index` (B, Kg, C, E) int32 numbers blocks of `key_block` columns, -1 = none.
+
+    List c serves the queries c · query_block, …, counted from column `offset`, the first query's of the call. A key is
+    read if a list names it and the pattern, causality and masks allow it.
+    """
+
+    index: Tensor
+    key_block: int = 1
+    query_block: int = 1
+    offset: int = 0
+
+    def mask(self, queries: Queries, S: int) -> Tensor:
+        """Who is listed for whom, (B, Kg, N, S) bool: for references, and for a few rows at a time."""
+        rows = torch.arange(queries.count, device=self.index.device) + queries.offset - self.offset
+        lists = self.index[:, :, rows // self.query_block].long()  # (B, Kg, N, E)
+        blocks = -(-S // self.key_block)
+        listed = torch.zeros(*lists.shape[:3], blocks + 1, dtype=torch.bool, device=lists.device)
+        listed.scatter_(3, torch.where((lists < 0) | (lists >= blocks), blocks, lists), True)
+        return listed[..., :blocks].repeat_interleave(self.key_block, dim=3)[..., :S]
+
+    def by_query(self, N: int) -> Tensor:
+        """A list for every query, (B, Kg, N, E)."""
+        return self.index.repeat_interleave(self.query_block, dim=2)[:, :, :N] if self.query_block > 1 else self.index
+
+
+@dataclass(frozen=True)
 class KVGroup:
     """Keys and values of some kv heads, and the pattern by which queries read them.
 
@@ -47,6 +74,7 @@ class KVGroup:
     tail: int = 0
     compensation: Compensation | None = None
     complete: bool = False
+    selection: Selection | None = None
 
     def with_values(self, v: Tensor) -> KVGroup:
         """The same keys with other values (used to read probability mass: values that are indicators)."""
@@ -55,7 +83,10 @@ class KVGroup:
 
 @dataclass(frozen=True)
 class Queries:
-    """Where the queries stand: `offset` columns came before them; `start` (B,) is the first real column of each row."""
+    """Where the queries stand: `offset` columns came before them; `start` (B,) is the first real column of each row.
+
+    Rows of packed sequences have a `start` (B, N): the column in which each query's own sequence begins.
+    """
 
     count: int
     offset: int
@@ -66,20 +97,37 @@ class Queries:
     def positions(self, device: torch.device) -> Tensor:
         """Positions of the queries, (1 or B, N); negative for padding."""
         columns = torch.arange(self.offset, self.offset + self.count, device=device)[None]  # (1, N)
-        return columns if self.start is None else columns - self.start[:, None]
+        return columns if self.start is None else columns - (self.start if self.packed else self.start[:, None])
+
+    @property
+    def packed(self) -> bool:
+        """Does a row hold several sequences, so that every query has its own start?"""
+        return self.start is not None and self.start.ndim == 2
 
     def rows(self, begin: int, end: int) -> Queries:
         """The queries `begin:end` alone."""
         mask = None if self.mask is None else self.mask[:, :, begin:end]
-        return replace(self, count=end - begin, offset=self.offset + begin, mask=mask)
+        start = self.start[:, begin:end] if self.start is not None and self.packed else self.start
+        return replace(self, count=end - begin, offset=self.offset + begin, mask=mask, start=start)
 
 
 def key_positions(group: KVGroup, queries: Queries) -> Tensor:
     """Positions of a group's slots, (1 or B, 1 or Kg, S); negative for empty slots and padding."""
     if group.positions is not None:
         return group.positions.long()
+    if queries.packed:
+        raise AttentionError("in packed rows a key has a position for every query, not one: use `visible`")
     columns = torch.arange(group.k.shape[2], device=group.k.device)[None, None]
     return columns if queries.start is None else columns - queries.start[:, None, None]
+
+
+def _positions_seen(group: KVGroup, queries: Queries) -> Tensor:
+    """`key_positions` with an axis for the queries, (1 or B, 1 or Kg, 1 or N, S)."""
+    if not queries.packed:
+        return key_positions(group, queries)[:, :, None]
+    assert queries.start is not None
+    columns = torch.arange(group.k.shape[2], device=group.k.device)
+    return columns - queries.start[:, None, :, None]
 
 
 def visible(group: KVGroup, queries: Queries, slots: Tensor | None = None) -> Tensor:
@@ -88,18 +136,21 @@ def visible(group: KVGroup, queries: Queries, slots: Tensor | None = None) -> Te
     The pattern's rule, causality, empty slots and padding, and the model's own mask gathered at the slots' columns.
     `slots` (S',) restricts the group to some of its slots (the caller slices k and v alike).
     """
-    k_pos = key_positions(group, queries)
+    k_pos = _positions_seen(group, queries)
     if slots is not None:
         k_pos = k_pos[..., slots]
     q_pos = queries.positions(group.k.device)[:, None, :, None]  # (B, 1, N, 1)
     if queries.causal:
-        seen = group.pattern.reads(q_pos, k_pos[:, :, None, :]) & (k_pos >= 0)[:, :, None, :]
+        seen = group.pattern.reads(q_pos, k_pos) & (k_pos >= 0)
     elif group.pattern.keeps_all:
-        seen = (k_pos >= 0)[:, :, None, :].expand(-1, -1, queries.count, -1)
+        seen = (k_pos >= 0).expand(-1, -1, queries.count, -1)
     else:
         raise AttentionError(f"pattern {group.pattern} needs causal attention; this attention is bidirectional")
     if queries.mask is not None:
-        seen = seen & _gather_mask(queries.mask, k_pos, queries.start)
+        seen = seen & _gather_mask(queries.mask, k_pos[:, :, 0], queries.start)
+    if group.selection is not None:
+        listed = group.selection.mask(queries, group.k.shape[2])
+        seen = seen & (listed if slots is None else listed[..., slots])
     return seen
 
 

@@ -7,13 +7,14 @@ Which keys a head reads is a pattern (per kv head), a ragged storage (`KVGroup`)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from headwise.attention.backends import Ran, Request, choose, take_heads
-from headwise.attention.groups import KVGroup, Queries
+from headwise.attention.groups import KVGroup, Queries, Selection
 from headwise.errors import AttentionError
 from headwise.plan import Full, Pattern
 
@@ -39,6 +40,9 @@ def attention(
     offset: int | None = None,
     active: Tensor | None = None,
     gate: Tensor | None = None,
+    selected: Tensor | None = None,
+    key_block: int = 1,
+    query_block: int = 1,
     scale: float | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
@@ -52,8 +56,11 @@ def attention(
     Shapes: q (B, H, N, D); k (B, K, M, D) and v (B, K, M, Dv) with H a multiple of K, or `groups`, a list of
     `KVGroup` that together hold every kv head once (a ragged cache). `patterns`: one `Pattern`, or one per kv head.
     `causal`: queries are the last N of M columns. `mask` (B, 1, N, M) bool replaces that rule by the model's own.
-    `start` (B,): first real column of each row (left padding). `offset`: columns before the first query (default M - N).
+    `start` (B,): first real column of each row (left padding); (B, N): where each query's own sequence begins (packed rows).
+    `offset`: columns before the first query (default M - N).
     `active` (B, H, N) bool: queries that a head serves; others give exactly 0. `gate` (B, H, N): factor on the output.
+    `selected` (B, K, C, E) int32: lists of key blocks of `key_block` columns, without repeats, -1 = none; list c serves the
+    queries c·query_block … of all heads of the group, C = ceil(N / query_block). The pattern and causality hold inside them.
     `scale` defaults to 1/sqrt(D). Returns out (B, H, N, Dv), or `AttentionOutput` with `return_lse` or `explain`.
 
     >>> q, k = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)
@@ -63,6 +70,8 @@ def attention(
     """
     groups = _as_groups(q, k, v, groups, patterns)
     queries = _queries(q, groups, causal, mask, start, offset)
+    if selected is not None:
+        groups = [_with_selection(g, queries, selected, key_block, query_block) for g in groups]
     _check(q, groups, active, gate)
     for group in groups:
         _check_group(q, group, causal)
@@ -139,11 +148,43 @@ def _queries(
             raise AttentionError(
                 f"mask is {tuple(mask.shape)}; B must be 1 or {q.shape[0]}, and M the {sorted(wanted)} columns of the keys"
             )
-    if start is not None and (start.shape != q.shape[:1] or start.is_floating_point()):
-        raise AttentionError(f"start must be integers (B={q.shape[0]},); it is {start.dtype} {tuple(start.shape)}")
+    if start is not None:
+        _check_start(q, groups, start, mask, causal)
     if causal and offset < 0:
         raise AttentionError(f"causal attention of N={N} queries over fewer keys (M={N + offset}) is not defined")
     return Queries(count=N, offset=offset, start=start, mask=mask, causal=causal)
+
+
+def _check_start(q: Tensor, groups: Sequence[KVGroup], start: Tensor, mask: Tensor | None, causal: bool) -> None:
+    B, N = q.shape[0], q.shape[2]
+    if tuple(start.shape) not in ((B,), (B, N)) or start.is_floating_point():
+        raise AttentionError(
+            f"start must be integers (B={B},) or (B={B}, N={N}); it is {start.dtype} {tuple(start.shape)}"
+        )
+    if start.ndim == 2 and (mask is not None or not causal or any(g.positions is not None for g in groups)):
+        raise AttentionError("start by query (packed rows) needs causal attention, dense keys and no mask=")
+
+
+def _with_selection(group: KVGroup, queries: Queries, selected: Tensor, key_block: int, query_block: int) -> KVGroup:
+    """The group's part of the lists. Raises AttentionError where lists and keys do not fit together."""
+    B, N = group.k.shape[0], queries.count
+    if min(key_block, query_block) < 1:
+        raise AttentionError(f"key_block={key_block} and query_block={query_block} must be at least 1")
+    C = -(-N // query_block)
+    if selected.ndim != 4 or selected.dtype != torch.int32 or (selected.shape[0], selected.shape[2]) != (B, C):
+        raise AttentionError(
+            f"selected must be int32 (B={B}, K, C={C}, E), C lists of {query_block} queries each; "
+            f"it is {selected.dtype} {tuple(selected.shape)}"
+        )
+    if max(group.heads) >= selected.shape[1]:
+        raise AttentionError(
+            f"selected has lists for {selected.shape[1]} kv heads; kv head {max(group.heads)} has none"
+        )
+    if group.positions is not None:
+        raise AttentionError("selected names columns; a ragged cache holds keys in any order")
+    return replace(
+        group, selection=Selection(take_heads(selected, group.heads), key_block, query_block, queries.offset)
+    )
 
 
 def _check(q: Tensor, groups: Sequence[KVGroup], active: Tensor | None, gate: Tensor | None) -> None:

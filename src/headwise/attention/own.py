@@ -52,6 +52,8 @@ class Own:
             return f"windows much shorter than {tokens} tokens"
         if form == "decode" and kept >= DECODE_TOKENS:
             return f"one query over {kept} kept tokens in ragged storage"
+        if form == "selected":
+            return "lists of selected keys, which no library reads"
         return None
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
@@ -61,10 +63,16 @@ class Own:
             return _routed(request)
         if form == "decode":
             return _decode(request)
+        if form == "selected":
+            return _selected(request)
         return over_groups(_windowed if not request.need_lse else _windowed_lse, request)
 
     def _form(self, request: Request) -> str | None:
         queries, groups = request.queries, request.groups
+        if request.selected:
+            return "selected" if _listed_alone(request) else None
+        if queries.packed:
+            return None
         if request.active is not None:
             dense = len(groups) == 1 and groups[0].positions is None and groups[0].pattern.keeps_all
             return "routed" if dense and not request.compensated else None
@@ -109,6 +117,32 @@ def _routed(request: Request) -> tuple[Tensor, Tensor | None]:
         return_lse=request.need_lse,
     )
     return found if isinstance(found, tuple) else (found, None)
+
+
+def _listed_alone(request: Request) -> bool:
+    """One dense group whose lists are the whole rule beside causality and the rows' starts."""
+    group, queries = request.groups[0], request.queries
+    whole = len(request.groups) == 1 and group.pattern.keeps_all and queries.offset + queries.count == group.k.shape[2]
+    key_block = 0 if group.selection is None else group.selection.key_block
+    return whole and request.active is None and not request.compensated and key_block in (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def _selected(request: Request) -> tuple[Tensor, Tensor | None]:
+    """Lists of blocks by the block kernel; lists of single queries, and packed or padded rows, by the key kernel."""
+    from headwise.attention.triton import block_attention, key_attention
+
+    (group,), queries, q = request.groups, request.queries, request.q
+    lists, start = group.selection, queries.start
+    assert lists is not None
+    options: dict = {"causal": queries.causal, "scale": request.scale, "return_lse": request.need_lse}
+    if start is None and lists.key_block == lists.query_block >= 16:
+        found = block_attention(q, group.k, group.v, lists.index, block_size=lists.key_block, **options)
+    else:
+        first = None if start is None else (start if queries.packed else start[:, None].expand(-1, queries.count))
+        options["first"] = None if first is None else first.to(torch.int32)
+        found = key_attention(q, group.k, group.v, lists.by_query(queries.count), key_block=lists.key_block, **options)
+    out, lse = found if isinstance(found, tuple) else (found, None)
+    return (out if request.gate is None else out * request.gate[..., None].to(out.dtype)), lse
 
 
 def _decode(request: Request) -> tuple[Tensor, Tensor | None]:

@@ -38,7 +38,8 @@ def _plain_causal(group: KVGroup, queries: Queries) -> bool:
     whole = group.positions is None and group.k.shape[2] == queries.offset + queries.count
     reads_all = group.pattern.kept(group.k.shape[2]) == group.k.shape[2]
     square = queries.offset == 0 or queries.count == 1
-    return queries.causal and whole and reads_all and square and queries.mask is None and queries.start is None
+    free = queries.mask is None and queries.start is None and group.selection is None
+    return queries.causal and whole and reads_all and square and free
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, *, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
@@ -79,7 +80,11 @@ def _blocks(q: Tensor, group: KVGroup, queries: Queries, scale: float, dropout: 
 def _has_band(group: KVGroup, queries: Queries) -> bool:
     """A window much shorter than the stretch of keys that stands in column order."""
     ordered = group.k.shape[2] if group.positions is None else group.tail
-    return queries.causal and group.pattern.kept(queries.offset + queries.count) + BAND_ROWS < ordered
+    return (
+        queries.causal
+        and not queries.packed
+        and group.pattern.kept(queries.offset + queries.count) + BAND_ROWS < ordered
+    )
 
 
 def _band(group: KVGroup, part: Queries, columns: int) -> Tensor:

@@ -3,6 +3,7 @@
 ``routed_attention``  every head serves its own subset of the queries        forward + backward
 ``span_attention``    every kv head reads its sinks and its window           forward + backward
 ``block_attention``   every query block reads its own list of key blocks     forward + backward
+``key_attention``     every query reads its own list of keys              forward + backward
 ``ragged_decode``     every (row, kv head) has its own number of keys        forward
 """
 
@@ -16,6 +17,7 @@ from headwise.attention.triton.decode import (
     ragged_decode,
     ragged_decode_groups,
 )
+from headwise.attention.triton.keys import key_attention
 from headwise.attention.triton.routed import routed_attention
 from headwise.attention.triton.spans import span_attention
 
@@ -24,6 +26,7 @@ __all__ = [
     "SplitPlan",
     "block_attention",
     "group_pointers",
+    "key_attention",
     "plan_splits",
     "ragged_decode",
     "ragged_decode_groups",
