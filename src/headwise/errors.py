@@ -47,3 +47,7 @@ class TaskError(HeadwiseError, ValueError):
 
 class RouteError(HeadwiseError, ValueError):
     """A router of heads that makes no sense: head counts that do not add up, a share outside its range, a missing score."""
+
+
+class BenchError(HeadwiseError, RuntimeError):
+    """A measurement that must not be shown: its result is wrong, or the machine lacks what it needs."""

@@ -5,6 +5,7 @@ import torch
 
 import headwise
 from headwise.attention import Compensation, KVGroup, attention
+from headwise.attention.crossover import Crossover
 from headwise.cache import HeadwiseCache
 from headwise.errors import AttentionError
 from headwise.hub import load_model
@@ -85,7 +86,9 @@ def test_an_attached_model_decodes_alike_by_both_backends(monkeypatch):
     ids = torch.randint(3, 90, (2, 60), generator=torch.Generator().manual_seed(0)).cuda()
     logits = {}
     for name, least in (("library", 1 << 40), ("own", 1)):
-        monkeypatch.setattr("headwise.attention.own.DECODE_TOKENS", least)
+        ones = {name: 1 for name in Crossover.__dataclass_fields__ if name not in ("device", "dtype", "measured")}
+        table = Crossover(device="any", dtype="float32", **{**ones, "decode": least})
+        monkeypatch.setattr("headwise.attention.crossover.lookup", lambda *given, table=table: table)
         with torch.no_grad(), headwise.attach(model, plan=plan):
             cache = HeadwiseCache(plan)
             model(ids[:, :40], past_key_values=cache)

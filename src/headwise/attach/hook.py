@@ -20,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from headwise.attention import KVGroup, Queries, attention, split_by_pattern
+from headwise.attention import KVGroup, Queries, split_by_pattern
+from headwise.attention.backends import Request, serve
 from headwise.attention.groups import key_positions
 from headwise.errors import AttachError
 from headwise.plan import Full, Pattern
@@ -219,17 +220,8 @@ class HeadCall:
             groups = [g.with_values(_weighted(g.v, key_positions(g, queries), key_weight, ones)) for g in groups]
             if any(g.compensation is not None for g in groups):
                 raise AttachError("key groups cannot be re-weighted under a plan with compensation tokens")
-        out = attention(
-            q,
-            groups=groups,
-            causal=queries.causal,
-            mask=queries.mask,
-            start=queries.start,
-            offset=queries.offset,
-            scale=self.scale,
-            dropout=float(self.options.get("dropout") or 0.0),  # type: ignore[arg-type]
-        )
-        assert isinstance(out, Tensor)
+        dropout = float(self.options.get("dropout") or 0.0)  # type: ignore[arg-type]
+        out, _ = serve(Request(q, tuple(groups), queries, self.scale, dropout=dropout))
         return out if kv_heads is None else _query_slice(out, kv_heads, self.site.kv_heads)
 
     def _column_positions(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -41,6 +41,8 @@ class Request:
     gate: Tensor | None = None
     need_lse: bool = False
     dropout: float = 0.0
+    whole: tuple[Tensor, Tensor] | None = None  # k, v of all kv heads in order, where the groups were split from such
+    notes: dict = field(default_factory=dict, compare=False, repr=False)  # what a backend found out about this call
 
     @property
     def kv_heads(self) -> int:
@@ -173,6 +175,11 @@ def choose(request: Request, name: str) -> tuple[Backend, Ran]:
         refusals = "; ".join(f"{b.name}: {b.refuse(request)}" for b in backends())
         raise AttentionError(f"no backend can serve this call ({refusals})")
     raise AttentionError(f"backend={name!r} is unknown; choose auto, {', '.join(b.name for b in backends())}")
+
+
+def serve(request: Request) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a request that is known to be sound, by the backend of choice; `op.attention` checks one first."""
+    return choose(request, "auto")[0].run(request)
 
 
 def over_groups(kernel: GroupKernel, request: Request) -> tuple[Tensor, Tensor | None]:

@@ -76,7 +76,8 @@ def attention(
     for group in groups:
         _check_group(q, group, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    request = Request(q, tuple(groups), queries, scale, active, gate, need_lse=return_lse, dropout=dropout)
+    whole = None if k is None or v is None else (k, v)
+    request = Request(q, tuple(groups), queries, scale, active, gate, return_lse, dropout, whole)
     chosen, ran = choose(request, backend)
     out, lse = chosen.run(request)
     if return_lse or explain:

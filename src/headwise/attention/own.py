@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headwise.attention import sdpa
+from headwise.attention import crossover, sdpa
 from headwise.attention.backends import Request, over_groups
 from headwise.attention.groups import Compensation, KVGroup, Queries
-from headwise.plan import SinkWindow
+from headwise.plan import Pattern, SinkWindow
 
 if TYPE_CHECKING:
     from headwise.attention.triton import Compensation as Tokens
     from headwise.attention.triton import SplitPlan
 
 HEAD_DIMS = range(16, 257, 16)
-EAGER_TOKENS = 6144  # routed and windowed: below, the host's 0.3 to 0.5 ms a call cost more than a dense kernel takes
-GRAPH_TOKENS = 1024  # the same inside a CUDA graph, where no host is waited for
-DECODE_TOKENS = 1 << 15  # kept tokens over all (row, kv head) pairs; below, launches cost more than memory
 
 
 class Own:
@@ -42,18 +39,18 @@ class Own:
         return None if self._form(request) else "the call is neither routed, nor windowed, nor a decode step"
 
     def prefer(self, request: Request) -> str | None:
-        """Only above the lengths from which it wins."""
+        """Only above the sizes from which it wins, by this device's table."""
         form, tokens = self._form(request), request.queries.count
-        kept = sum(g.k.shape[0] * g.k.shape[1] * g.k.shape[2] for g in request.groups)
-        least = GRAPH_TOKENS if torch.cuda.is_current_stream_capturing() else EAGER_TOKENS
-        if form == "routed" and tokens >= least:
-            return f"routed queries, {tokens} tokens"
-        if form == "windowed" and tokens >= least:
-            return f"windows much shorter than {tokens} tokens"
-        if form == "decode" and kept >= DECODE_TOKENS:
-            return f"one query over {kept} kept tokens in ragged storage"
         if form == "selected":
             return "lists of selected keys, which no library reads"
+        table = crossover.lookup(_device_name(request.q.device), request.q.dtype, request.q.shape[-1])
+        if form in ("routed", "windowed"):
+            in_graph = torch.cuda.is_current_stream_capturing()
+            least = table.prefill(form, backward=request.needs_grad, in_graph=in_graph)
+            return f"{form}, {tokens} tokens; it wins from {least} on" if tokens >= least else None
+        kept = sum(g.k.shape[0] * g.k.shape[1] * g.k.shape[2] for g in request.groups)
+        if form == "decode" and kept >= table.decode:
+            return f"one query over {kept} kept tokens in ragged storage"
         return None
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
@@ -65,9 +62,17 @@ class Own:
             return _decode(request)
         if form == "selected":
             return _selected(request)
+        if request.whole is not None:
+            return _spans(request)
         return over_groups(_windowed if not request.need_lse else _windowed_lse, request)
 
     def _form(self, request: Request) -> str | None:
+        """Which form serves the request, found once a call."""
+        if "form" not in request.notes:
+            request.notes["form"] = self._find_form(request)
+        return request.notes["form"]
+
+    def _find_form(self, request: Request) -> str | None:
         queries, groups = request.queries, request.groups
         if request.selected:
             return "selected" if _listed_alone(request) else None
@@ -84,6 +89,11 @@ class Own:
             return None
         kinds = {type(g.pattern) for g in groups if not g.pattern.keeps_all}
         return "windowed" if kinds == {SinkWindow} else None
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def _installed() -> bool:
@@ -211,6 +221,32 @@ def _all_compensations(request: Request) -> Tokens:
             k_hat[:, heads], v_hat[:, heads] = group.compensation.k.float(), group.compensation.v.float()
             log_count[:, heads] = group.compensation.log_count
     return Tokens(k_hat, v_hat, log_count)
+
+
+def _spans(request: Request) -> tuple[Tensor, Tensor | None]:
+    """All heads by one launch, where the keys were given whole: full heads are windows as long as the text."""
+    from headwise.attention.triton import span_attention
+
+    assert request.whole is not None
+    (k, v), start = request.whole, request.queries.start
+    by_head = {h: g.pattern for g in request.groups for h in g.heads}
+    spans = [_sinks_and_window(by_head[h], k.shape[2]) for h in range(k.shape[1])]
+    found = span_attention(
+        request.q,
+        k,
+        v,
+        [sinks for sinks, _ in spans],
+        [window for _, window in spans],
+        scale=request.scale,
+        key_start=None if start is None else start.to(torch.int32),
+        return_lse=request.need_lse,
+    )
+    out, lse = found if isinstance(found, tuple) else (found, None)
+    return (out if request.gate is None else out * request.gate[..., None].to(out.dtype)), lse
+
+
+def _sinks_and_window(pattern: Pattern, M: int) -> tuple[int, int]:
+    return (pattern.sinks, pattern.recent) if isinstance(pattern, SinkWindow) else (0, M)
 
 
 def _windowed(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> tuple[Tensor, Tensor | None]:

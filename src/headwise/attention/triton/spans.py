@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -65,10 +66,19 @@ def span_attention(
 
 def _as_int32(spans: Spans, K: int, device: torch.device, name: str) -> Tensor:
     """(K,) int32 on the device."""
-    spans = torch.as_tensor(spans, dtype=torch.int32)
-    if spans.shape != (K,):
-        raise ValueError(f"{name} must have one entry per kv head ({K}), got shape {tuple(spans.shape)}")
-    return spans.to(device, non_blocking=True)
+    shape = tuple(spans.shape) if isinstance(spans, Tensor) else (len(spans),)
+    if shape != (K,):
+        raise ValueError(f"{name} must have one entry per kv head ({K}), got shape {shape}")
+    if isinstance(spans, Tensor):
+        return spans.to(device, torch.int32, non_blocking=True)
+    return _on_device(tuple(int(span) for span in spans), device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _on_device(spans: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied there once: a CUDA graph may hold the call, and a layer asks for the same spans again and again."""
+    with torch.inference_mode(False):
+        return torch.tensor(spans, dtype=torch.int32, device=device)
 
 
 def _full_heads(windows: Spans, M: int) -> list[int] | None:
