@@ -82,7 +82,11 @@ def allocated(cache):
             storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
         elif isinstance(item, list | tuple):
             todo += item
-        elif hasattr(item, "__dict__") and type(item).__module__ in ("headwise.cache", "headwise.stores"):
+        elif hasattr(item, "__dict__") and type(item).__module__ in (
+            "headwise.cache",
+            "headwise.stores",
+            "headwise.selected_store",
+        ):
             todo += [
                 value for name, value in vars(item).items() if name != "start"
             ]  # B numbers, one tensor for all layers

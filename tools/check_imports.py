@@ -15,8 +15,8 @@ PACKAGE = "headwise"
 VERBS = ("route", "score", "budget", "steer", "scale")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "callable_module"),
-    ("checks", "registry", "storage", "addresses", "units", "patterns", "plan", "selection", "edits"),
-    ("attention", "stores", "cache", "attach", "hub", "models", "tasks"),
+    ("checks", "registry", "storage", "addresses", "units", "patterns", "plan", "selection", "edits", "expert_edits"),
+    ("attention", "keyscores", "stores", "selected_store", "cache", "attach", "hub", "models", "tasks"),
     VERBS,
     ("papers", "report", "bench", ""),  # "" is the package itself: `import headwise`, the public face
     ("cli", "__main__"),

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headwise.attach import Attachment, attach, detach, find_stack, fingerprint
     from headwise.attach.ablate import ablate
+    from headwise.attach.experts import attach_experts, find_experts, observe_experts
     from headwise.attach.observe import Record, observe
     from headwise.attention import attention
     from headwise.cache import HeadwiseCache
     from headwise.edits import Edit, HeadEdits, KeyGroup, TokenSelection
     from headwise.errors import HeadwiseError
+    from headwise.expert_edits import ExpertEdit, ExpertEdits
     from headwise.hub import load_model
-    from headwise.plan import Budget, Elastic, Full, HeadPlan, Pattern, SinkWindow
+    from headwise.plan import Budget, Elastic, Full, HeadPlan, Pattern, Selected, SinkWindow
     from headwise.units import Fingerprint, HeadScores, HeadSet, Unit
 
 __version__ = "0.1.0"
@@ -26,13 +28,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "attach": "Attachment attach detach find_stack fingerprint",
     "attach.ablate": "ablate",
+    "attach.experts": "attach_experts find_experts observe_experts",
     "attach.observe": "Record observe",
     "attention": "attention",
     "cache": "HeadwiseCache",
     "edits": "Edit HeadEdits KeyGroup TokenSelection",
     "errors": "HeadwiseError",
+    "expert_edits": "ExpertEdit ExpertEdits",
     "hub": "load_model",
-    "plan": "Budget Elastic Full HeadPlan Pattern SinkWindow",
+    "plan": "Budget Elastic Full HeadPlan Pattern Selected SinkWindow",
     "units": "Fingerprint HeadScores HeadSet Unit",
 }
 _WHERE = {name: f"headwise.{home}" for home, names in _HOMES.items() for name in names.split()}

@@ -9,15 +9,21 @@ Letters: B batch, K kv heads, Kg heads of one group, S slots, D head dim. Column
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from headwise.attention.backends import take_heads
-from headwise.attention.groups import KVGroup
+from headwise.attention.groups import KVGroup, Queries
 from headwise.errors import CacheError, PlanError
-from headwise.plan import HeadPlan, Pattern
-from headwise.stores import Columns, Store, make_store
+from headwise.plan import HeadPlan, Pattern, Selected
+from headwise.selected_store import SelectedStore
+from headwise.stores import Columns, FullStore, Reader, Store, WindowStore
+
+Layers = Tensor | Sequence[Tensor]  # the same for every layer, or one for each
 
 
 class HeadwiseCache(Cache):
@@ -41,18 +47,21 @@ class HeadwiseCache(Cache):
         """Bytes of all allocated tensors: keys, values, slot positions, compensation tokens."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def fill(self, k: Tensor, v: Tensor) -> HeadwiseCache:
-        """As if a prompt had been read whose keys and values are k, v (B, K, T, D) in every layer; returns the cache itself.
+    def fill(self, k: Layers, v: Layers, q: Layers | None = None) -> HeadwiseCache:
+        """As if a prompt had been read whose keys and values are k, v (B, K, T, D), in every layer or one for each; returns the cache.
 
-        For measurements: memory and the time of a decode step at T tokens, without running the prompt.
+        For measurements: memory and the time of a decode step at T tokens without running a prompt, or many plans behind one dense
+        prefill. `q` (B, H, T, D) are its queries, or the last of them, for plans that choose tokens by content. No padding.
 
         >>> cache = HeadwiseCache(HeadPlan.full(layers=2, kv_heads=2)).fill(torch.ones(1, 2, 8, 4), torch.ones(1, 2, 8, 4))
         >>> cache.nbytes, cache.get_seq_length()
         (1024, 8)
         """
-        for layer in self.layers:
-            layer.update(k, v)
-            layer.take(None)
+        for index, layer in enumerate(self.layers):
+            keys, values, queries = (x if x is None or isinstance(x, Tensor) else x[index] for x in (k, v, q))
+            assert keys is not None and values is not None
+            layer.update(keys, values)
+            layer.take(None, None if queries is None else _Prompt(queries, keys, queries.shape[-1] ** -0.5, index))
         return self
 
     def layer_bytes(self) -> list[int]:
@@ -63,10 +72,24 @@ class HeadwiseCache(Cache):
         """Bytes, tokens and patterns of every layer as text."""
         lines = [f"{'layer':>5} {'MiB':>9} {'seen':>7}  kv heads: slots"]
         for index, layer in enumerate(self.layers):
-            stores = "; ".join(f"{list(s.heads)} {s.pattern}: {s.slots}" for s in layer.stores)
+            stores = "; ".join(f"{list(s.heads)} {s.pattern}: {s.held}" for s in layer.stores)
             lines.append(f"{index:5d} {layer.nbytes / 2**20:9.3f} {layer.get_seq_length():7d}  {stores}")
         lines.append(f"total {self.nbytes / 2**20:9.3f}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A reader made of the keys of a prompt without padding and its last queries."""
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    layer: int
+
+    def queries(self) -> Queries:
+        """They stand at the end."""
+        return Queries(self.q.shape[2], self.k.shape[2] - self.q.shape[2])
 
 
 class HeadwiseLayer(CacheLayerMixin):
@@ -86,6 +109,8 @@ class HeadwiseLayer(CacheLayerMixin):
                 "a compensation token stands for tokens that are dropped after the prompt: such a plan needs "
                 "prefill='dense'"
             )
+        if not dense_prefill and any(pattern.selects and not pattern.keeps_all for pattern, _ in groups):
+            raise PlanError("tokens chosen by content are known after the prompt: such a plan needs prefill='dense'")
         self.stores: list[Store] = [make_store(pattern, heads, dense_prefill) for pattern, heads in groups]
         self.kv_heads = sum(len(heads) for _, heads in groups)
         self.seen = 0  # columns, padding included
@@ -121,10 +146,11 @@ class HeadwiseLayer(CacheLayerMixin):
         self.pending = (key_states, value_states)
         return key_states, value_states
 
-    def take(self, start: Tensor | None) -> tuple[list[KVGroup], int, Tensor | None]:
+    def take(self, start: Tensor | None, reader: Reader | None = None) -> tuple[list[KVGroup], int, Tensor | None]:
         """Store the pending columns; return (groups to read, columns before the queries, start of the rows).
 
-        `start` (B,) is the first real column of each row, None without padding; it is read while `needs_start`.
+        `start` (B,) is the first real column of each row, None without padding; it is read while `needs_start`. `reader` is the
+        attention call, for patterns that choose tokens by content.
         """
         if self.pending is None:
             raise CacheError("nothing to read: the model did not update this layer in this forward pass")
@@ -134,10 +160,11 @@ class HeadwiseLayer(CacheLayerMixin):
             self.rows = [0] * k.shape[0] if start is None else [int(s) for s in start.tolist()]
         offset, N = self.seen, k.shape[2]
         self.seen += N
-        groups, new = [], Columns(offset, N, self.start, self.rows)
+        groups: list[KVGroup] = []
+        new = Columns(offset, N, self.start, self.rows)
         for store in self.stores:
             part = (k, v) if len(self.stores) == 1 else (take_heads(k, store.heads), take_heads(v, store.heads))
-            groups.append(store.extend(*part, new, keep_all=self.record_past))
+            groups += store.extend(*part, new, keep_all=self.record_past, reader=reader)
         return groups, offset, self.start
 
     @property
@@ -224,3 +251,12 @@ class HeadwiseLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing is ever offloaded."""
+
+
+def make_store(pattern: Pattern, heads: tuple[int, ...], dense_prefill: bool) -> Store:
+    """The store that a pattern needs."""
+    if pattern.keeps_all:
+        return FullStore(pattern, heads)
+    if isinstance(pattern, Selected):
+        return SelectedStore(pattern, heads)
+    return WindowStore(pattern, heads, dense_prefill)

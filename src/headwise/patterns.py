@@ -1,7 +1,8 @@
 """Patterns: which of the tokens seen so far a kv head keeps and its queries read. A small closed family of frozen dataclasses.
 
-A pattern is a rule of positions alone: sinks (the first tokens of the row) and a window (the latest ones) whose length may grow
-with the text. Positions count real tokens of a row from 0, never padding; n is the number of tokens that the row has seen.
+Most are rules of positions alone: sinks (the first tokens of the row) and a window (the latest ones) whose length may grow with the
+text. `Selected` says how many further tokens are kept, chosen by their content when the prompt has been read. Positions count real
+tokens of a row from 0, never padding; n is the number of tokens that the row has seen.
 A new pattern is one class here, listed in `PATTERNS`.
 """
 
@@ -21,6 +22,7 @@ from headwise.errors import ArtifactError, PlanError
 from headwise.storage import field
 
 Compensation = Literal["none", "count", "one"]
+_NUMBER = r"[0-9]{1,10}(?:\.[0-9]*)?(?:e-?[0-9]{1,3})?"
 _SUFFIX = r"(?:\+(?P<compensation>count|one))?(?P<grow>\+grow)?"
 
 
@@ -35,6 +37,7 @@ class Pattern(ABC):
     """
 
     tag: ClassVar[str]
+    selects: ClassVar[bool] = False  # by content: the rule is not one of positions
     sinks: int
     compensation: Compensation
     grow: bool
@@ -98,7 +101,8 @@ class Pattern(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The pattern as plain values, with its tag under "pattern"."""
-        return {"pattern": self.tag, **{item.name: getattr(self, item.name) for item in fields(cast(Any, self))}}
+        names = {item.name: "window" if item.name == "recent" else item.name for item in fields(cast(Any, self))}
+        return {"pattern": self.tag, **{outside: getattr(self, name) for name, outside in names.items()}}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Pattern":
@@ -199,11 +203,6 @@ class SinkWindow(Pattern):
     def keeps_all(self) -> bool:
         return False
 
-    def to_dict(self) -> dict[str, Any]:
-        data = super().to_dict()
-        data["window"] = data.pop("recent")
-        return data
-
     def __str__(self) -> str:
         return f"sinks{self.sinks}+window{self.recent}{self._suffix()}"
 
@@ -269,16 +268,104 @@ class Elastic(Pattern):
 
     @classmethod
     def _parse(cls, text: str) -> "Elastic | None":
-        number = r"[0-9]{1,10}(?:\.[0-9]*)?(?:e-?[0-9]{1,3})?"
         found = re.fullmatch(
-            rf"sinks([0-9]{{1,10}})\+max\(([0-9]{{1,10}}),(?:(-?[0-9]{{1,10}})\+)?({number})n\){_SUFFIX}", text
+            rf"sinks([0-9]{{1,10}})\+max\(([0-9]{{1,10}}),(?:(-?[0-9]{{1,10}})\+)?({_NUMBER})n\){_SUFFIX}", text
         )
         if found is None:
             return None
         return cls(int(found[1]), int(found[3] or 0), float(found[4]), minimum=int(found[2]), **_options(found))
 
 
-PATTERNS: tuple[type[Pattern], ...] = (Full, SinkWindow, Elastic)
+_CALL = r"[a-z][a-z0-9_-]*(?:\((?:[a-z_]+=[a-z0-9_.+-]+(?:,[a-z_]+=[a-z0-9_.+-]+)*)?\))?"
+
+
+@dataclass(frozen=True, init=False)
+class Selected(Pattern):
+    """Sinks, a window, and further tokens chosen by what they are: `keep` + `share` · n a head, on average over the heads of a group.
+
+    When a chunk of the prompt has been read, the key scorer `by` rates every token held, and `split` deals the room of a group of like
+    heads, heads · keep + floor(heads · share · n), out to its heads: "even" (SnapKV), or by content (AdaKV's "pooled"). Both name
+    functions of `headwise.keyscores`, with options in brackets. While decoding, the window slides and the chosen tokens stay; with
+    `grow` every token behind the prompt is kept. A negative `keep` takes sinks and window off a share: a quarter of the cache is
+    `Selected(4, 28, -32, share=0.25)`. The prompt is read densely; which keys a query reads is known in a cache only.
+
+    >>> print(pattern := Selected(4, 28, -32, share=0.25, by="observation(window=16)"), pattern.kept(1000), pattern.kept(20))
+    sinks4+window28+keep(-32+0.25n):observation(window=16) 250 20
+    >>> print(Selected(0, 32, 224, split="pooled(floor=0.2)", grow=True))
+    sinks0+window32+keep(224):observation:pooled(floor=0.2)+grow
+    """
+
+    tag = "selected"
+    compensation = "none"
+    selects = True
+    sinks: int
+    recent: int
+    keep: int
+    share: float
+    by: str
+    split: str
+    grow: bool
+
+    def __init__(
+        self, sinks: int, window: int, keep: int, *, share: float = 0.0, by: str = "observation", split: str = "even", grow: bool = False
+    ):  # fmt: skip
+        values: dict[str, Any] = {"sinks": sinks, "grow": grow, "by": _call("by", by), "split": _call("split", split)}
+        values |= {"recent": whole("window", window, 1, PlanError), "keep": whole("keep", keep, -LARGEST, PlanError)}
+        for name, value in (values | {"share": finite("share", share, PlanError)}).items():
+            object.__setattr__(self, name, value)
+        self._check()
+        if not 0 <= self.share <= 1:
+            raise PlanError(f"share is {shown(share)}; it must lie in [0, 1]")
+        if self.share == 0 and self.keep < 0:
+            raise PlanError(f"keep is {self.keep}; without a share of the text it must be at least 0")
+
+    def room(self, n: int, heads: int = 1) -> int:
+        """Tokens beside sinks and window that so many heads may keep together at n tokens, at most all of them."""
+        top, bottom = Fraction(self.share).limit_denominator(10**6).as_integer_ratio()
+        rest = max(0, n - self.sinks - self.recent)
+        return max(0, min(heads * rest, heads * self.keep + heads * top * n // bottom))
+
+    def kept(self, n: int, *, prompt: int | None = None) -> int:
+        """Tokens kept of n seen: sinks, window and room; of heads that share their room unevenly, the mean. Chosen from the prompt."""
+        n = whole("n", n, 0, PlanError)
+        read = n if prompt is None else min(n, whole("prompt", prompt, 0, PlanError))
+        always = min(read if self.grow else n, self.sinks + self.recent)
+        return n if self.keeps_all else always + self.room(read) + (n - read if self.grow else 0)
+
+    def reads(self, q_pos: Tensor, k_pos: Tensor, *, prompt: Tensor | int | None = None) -> Tensor:
+        """Refused with PlanError, as the keys are chosen by content, unless all are kept."""
+        if self.keeps_all:
+            return super().reads(q_pos, k_pos, prompt=prompt)
+        raise PlanError(f"{self} chooses keys by content, in a cache: positions alone do not say what a query reads")
+
+    def _span(self, n: Any) -> Any:
+        return n if self.keeps_all else self.recent
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.share == 1 and self.sinks + self.recent + self.keep >= 0
+
+    def __str__(self) -> str:
+        amount = f"{self.keep}+{self.share!r}n" if self.share else str(self.keep)
+        split = "" if self.split == "even" else f":{self.split}"
+        return f"sinks{self.sinks}+window{self.recent}+keep({amount}):{self.by}{split}{self._suffix()}"
+
+    @classmethod
+    def _example(cls) -> "Selected":
+        return cls(0, 1, 0)
+
+    @classmethod
+    def _parse(cls, text: str) -> "Selected | None":
+        amount = rf"keep\((-?[0-9]{{1,10}})(?:\+({_NUMBER})n)?\)"
+        form = rf"sinks([0-9]{{1,10}})\+window([0-9]{{1,10}})\+{amount}:({_CALL})(?::({_CALL}))?(\+grow)?"
+        if (found := re.fullmatch(form, text)) is None:
+            return None
+        share, split = float(found[4] or 0), found[6] or "even"
+        numbers = (int(found[place]) for place in (1, 2, 3))
+        return cls(*numbers, share=share, by=found[5], split=split, grow=found[7] is not None)
+
+
+PATTERNS: tuple[type[Pattern], ...] = (Full, SinkWindow, Elastic, Selected)
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -293,12 +380,20 @@ def parse_pattern(text: str) -> Pattern:
     for kind in PATTERNS:
         if found := kind._parse(bare):
             return found
-    forms = "full, sinks16+window128 or sinks4+max(4000,512+0.2n), with +count, +one or +grow behind"
+    forms = "full, sinks16+window128, sinks4+max(4000,512+0.2n) or sinks4+window28+keep(100):random, +count, +one or +grow behind"
     raise PlanError(f"{shown(text)} names no pattern; write {forms}")
 
 
 def _at_most(values: Tensor, bound: Tensor | int) -> Tensor:
     return torch.minimum(values, bound) if isinstance(bound, Tensor) else values.clamp(max=bound)
+
+
+def _call(name: str, text: Any) -> str:
+    """A name with options in brackets, such as "pooled(floor=0.2)", without spaces and empty brackets."""
+    bare = re.sub(r"\s", "", text).removesuffix("()") if isinstance(text, str) else ""
+    if not re.fullmatch(_CALL, bare):
+        raise PlanError(f"{name} is {shown(text)}; write a name, or one with options: observation(window=32,kernel=7)")
+    return bare
 
 
 def _options(found: re.Match[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from headwise import storage
 from headwise.addresses import Fingerprint, HeadSet, read_fingerprint
 from headwise.checks import Meta, finite, plain_meta, shown, whole
 from headwise.errors import PlanError
-from headwise.patterns import PATTERNS, Compensation, Elastic, Full, Pattern, SinkWindow, parse_pattern
+from headwise.patterns import PATTERNS, Compensation, Elastic, Full, Pattern, Selected, SinkWindow, parse_pattern
 from headwise.storage import StrPath, decoding
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Full",
     "HeadPlan",
     "Pattern",
+    "Selected",
     "SinkWindow",
     "parse_pattern",
 ]

@@ -11,11 +11,16 @@ What each verb takes and gives back:
 | verb     | function                                                                    | result       | command            |
 |----------|-----------------------------------------------------------------------------|--------------|--------------------|
 | `score`  | `f(model, tokenizer, *, options…, seed: int = 0, progress: bool = False)`   | `HeadScores` | `headwise score`   |
-| `budget` | `f(scores, *, budget: Budget, options…)`                                    | `HeadPlan`   | `headwise plan`    |
+| `budget` | `f(scores, *, budget: Budget, options…)`, or `f(model, *, …)`              | `HeadPlan`   | `headwise plan`    |
 | `route`  | `f(model, tokenizer, *, options…, seed: int = 0, progress: bool = False)`   | `HeadRouter` | `headwise convert` |
 | `train`  | the same; the router is trained, not derived                                | `HeadRouter` | `headwise train`   |
-| `steer`  | `f(model, tokenizer, *, options…)`                                          | `HeadEdits`  | `headwise edit`    |
+| `steer`  | `f(model, tokenizer, *, options…)`                                          | edits        | `headwise edit`    |
 | `scale`  | free: models, ranks and simulators differ too much                          | anything     | –                  |
+
+A planner that needs no scores takes `model`: a transformers model, or the `Fingerprint` of one, which is all that most look at.
+What a planner gives back has `save` and `ratio`; one that changes reads instead of storage (LongHeads) gives a transform for `attach`.
+
+Edits are `HeadEdits`, or `ExpertEdits` where experts are steered: anything with a text form and `save`.
 
 Options are keyword-only and annotated. Those of a plain type (`int`, `float`, `str`, `bool`, `Literal[…]`, each also `| None`) and the
 artifacts (`HeadSet`, `HeadScores`, `HeadPlan`, `Budget`) become options of the command line; an option of another type needs a default and
@@ -78,12 +83,16 @@ class Method:
     @property
     def options(self) -> dict[str, inspect.Parameter]:
         """Keyword-only parameters by name; annotations are types, or text where they name what is imported for type checkers only."""
-        parameters = inspect.signature(self.function).parameters
-        return {
-            name: p.replace(annotation=_evaluated(p.annotation, self.function))
-            for name, p in parameters.items()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        return {p.name: p for p in self._parameters() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @property
+    def leading(self) -> list[inspect.Parameter]:
+        """The positional parameters, annotated like `options`: of which type a planner wants its scores."""
+        return [p for p in self._parameters() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+
+    def _parameters(self) -> list[inspect.Parameter]:
+        parameters = inspect.signature(self.function).parameters.values()
+        return [p.replace(annotation=_evaluated(p.annotation, self.function)) for p in parameters]
 
 
 _methods: dict[tuple[str, str], Method] = {}

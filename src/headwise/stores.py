@@ -6,11 +6,12 @@ Letters: B batch, Kg heads of one store, S slots, N new columns, D head dim. Col
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from headwise.attention.groups import Compensation, KVGroup
+from headwise.attention.groups import Compensation, KVGroup, Queries
 from headwise.errors import CacheError
 from headwise.plan import Full, Pattern
 
@@ -33,6 +34,24 @@ class Columns:
     def lengths(self) -> list[int]:
         """Real tokens seen by each row, the new ones included."""
         return [max(0, self.offset + self.count - first) for first in self.rows]
+
+
+class Reader(Protocol):
+    """The attention call that reads the new columns: what a rule of content may look at, beside the keys."""
+
+    @property
+    def q(self) -> Tensor: ...  # (B, H, N, D)
+
+    @property
+    def k(self) -> Tensor: ...  # (B, K, N, D), the new columns
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    def layer(self) -> int: ...
+
+    def queries(self) -> Queries: ...
 
 
 class Store:
@@ -61,8 +80,15 @@ class Store:
         """Tokens for which there is room."""
         return 0 if self.k is None else self.k.shape[2]
 
-    def extend(self, k: Tensor, v: Tensor, new: Columns, *, keep_all: bool) -> KVGroup:
-        """Store new columns (B, Kg, N, D) and return what their queries read."""
+    @property
+    def held(self) -> str:
+        """`slots`, for a table; where heads differ, one number a head."""
+        return str(self.slots)
+
+    def extend(
+        self, k: Tensor, v: Tensor, new: Columns, *, keep_all: bool, reader: Reader | None = None
+    ) -> list[KVGroup]:
+        """Store new columns (B, Kg, N, D) and return what their queries, those of `reader`, read."""
         raise NotImplementedError
 
     def must_take_back(self) -> None:
@@ -87,24 +113,16 @@ class FullStore(Store):
         super().reset()
         self.length = 0
 
-    def extend(self, k: Tensor, v: Tensor, new: Columns, *, keep_all: bool) -> KVGroup:
+    def extend(
+        self, k: Tensor, v: Tensor, new: Columns, *, keep_all: bool, reader: Reader | None = None
+    ) -> list[KVGroup]:
         """Write the new columns behind the old ones; the queries read all of them."""
         end = self.length + k.shape[2]
-        self.k, self.v = self._room(self.k, k, end), self._room(self.v, v, end)
+        self.k, self.v = grown(self.k, k, self.length, end), grown(self.v, v, self.length, end)
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end
-        return KVGroup(heads=self.heads, k=self.k[:, :, :end], v=self.v[:, :, :end], pattern=self.pattern)
-
-    def _room(self, buffer: Tensor | None, new: Tensor, end: int) -> Tensor:
-        if buffer is not None and buffer.shape[2] >= end:
-            return buffer
-        capacity = end if buffer is None else end + max(GROWTH, end // GROWTH)
-        shape = (new.shape[0], new.shape[1], capacity, new.shape[3])
-        grown = torch.empty(shape, dtype=new.dtype, device=new.device)
-        if buffer is not None:
-            grown[:, :, : self.length] = buffer[:, :, : self.length]
-        return grown
+        return [KVGroup(heads=self.heads, k=self.k[:, :, :end], v=self.v[:, :, :end], pattern=self.pattern)]
 
     def crop(self, left: Columns | None, count: int) -> None:
         """Forget the last columns; their room stays."""
@@ -138,7 +156,9 @@ class WindowStore(Store):
         extra = [] if self.positions is None else [self.positions]
         return super().tensors() + extra + (list(self.folded) if self.folded else [])
 
-    def extend(self, k: Tensor, v: Tensor, new: Columns, *, keep_all: bool) -> KVGroup:
+    def extend(
+        self, k: Tensor, v: Tensor, new: Columns, *, keep_all: bool, reader: Reader | None = None
+    ) -> list[KVGroup]:
         """One token replaces the one that leaves; a chunk is read together with the store and then compressed.
 
         The prompt, which may come in chunks, ends with the first token that comes alone.
@@ -147,7 +167,7 @@ class WindowStore(Store):
             self.frozen = self.edge
         if new.count == 1 and self.k is not None and not keep_all and self.slots == self._room(new):
             self._replace_oldest(k, v, new)
-            return self._view(new, chunk=0)
+            return [self._view(new, chunk=0)]
         before = self._compensation()
         self._append(k, v, new)
         view = replace(self._view(new, chunk=new.count), compensation=before)
@@ -155,7 +175,7 @@ class WindowStore(Store):
             self._compress(new)
             if new.count == 1:
                 view = self._view(new, chunk=0)
-        return view
+        return [view]
 
     def _view(self, new: Columns, chunk: int) -> KVGroup:
         assert self.k is not None and self.v is not None and self.positions is not None
@@ -214,7 +234,7 @@ class WindowStore(Store):
         room = self._room(new)
         if self.pattern.compensated and self.frozen is None:  # a frozen buffer drops nothing more
             self._fold((self.positions >= 0) & ~keep)
-        if room >= self.slots and _owns(self.k) and _owns(self.v):
+        if room >= self.slots and owns(self.k) and owns(self.v):
             self.positions = self.positions.masked_fill(~keep, -1)
             return
         self.positions = self.positions.masked_fill(~keep, -1)
@@ -286,7 +306,9 @@ class WindowStore(Store):
         if left is None or self.positions is None or self.k is None or self.v is None:
             return
         ends = left.lengths()
-        if any(self.pattern.kept(n + count) < n + count for n in ends):  # assisted generation asks even when it took all
+        if any(
+            self.pattern.kept(n + count) < n + count for n in ends
+        ):  # assisted generation asks even when it took all
             self.must_take_back()
         lost = count > 0 and any(self._was_evicted(n + count, n) for n in ends)
         if lost and not self._holds_all(left):
@@ -328,7 +350,22 @@ class WindowStore(Store):
             self.edge = [self.edge[i] for i in index.tolist()]
 
 
-def _owns(x: Tensor) -> bool:
+def grown(buffer: Tensor | None, new: Tensor, used: int, end: int, least: int = GROWTH) -> Tensor:
+    """A buffer (B, Kg, C, D) with room for `end` slots, of which the first `used` are copied.
+
+    It grows by 1/GROWTH of its length, and by `least` slots at least.
+    """
+    if buffer is not None and buffer.shape[2] >= end:
+        return buffer
+    capacity = end if buffer is None else end + max(least, end // GROWTH)
+    shape = (new.shape[0], new.shape[1], capacity, *new.shape[3:])
+    out = torch.empty(shape, dtype=new.dtype, device=new.device)
+    if buffer is not None:
+        out[:, :, :used] = buffer[:, :, :used]
+    return out
+
+
+def owns(x: Tensor) -> bool:
     """Does this tensor fill its storage, so that keeping it keeps nothing else alive?"""
     return x.untyped_storage().nbytes() == x.numel() * x.element_size()
 
@@ -338,10 +375,3 @@ def _take(x: Tensor, order: Tensor) -> Tensor:
     if order.shape[0] == 1:
         return x.index_select(2, order[0])
     return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def make_store(pattern: Pattern, heads: tuple[int, ...], dense_prefill: bool) -> Store:
-    """The store that a pattern needs."""
-    if pattern.keeps_all:
-        return FullStore(pattern, heads)
-    return WindowStore(pattern, heads, dense_prefill)

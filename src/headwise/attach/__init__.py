@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any, overload
 
 from torch import nn
 
 from headwise.attach.controller import Controller, controllers
+from headwise.attach.experts import ExpertAttachment, attach_experts, detach_experts
 from headwise.attach.hook import HeadCall
 from headwise.attach.locate import Stack, find_stack, fingerprint
 from headwise.attach.site import Intervention, Observer, Router, Transform
 from headwise.callable_module import make_callable
 from headwise.edits import Edit, HeadEdits
 from headwise.errors import AttachError, PlanError
+from headwise.expert_edits import ExpertEdits
+from headwise.keyscores import check as check_selectors
 from headwise.plan import HeadPlan
 
 __all__ = ["Attachment", "HeadCall", "Router", "Stack", "Transform", "attach", "detach", "find_stack", "fingerprint"]
@@ -46,23 +50,41 @@ class Attachment:
         self.detach()
 
 
+@overload
+def attach(model: nn.Module, *, edits: ExpertEdits) -> ExpertAttachment: ...
+
+
+@overload
+def attach(
+    model: nn.Module,
+    *,
+    plan: HeadPlan | None = ...,
+    edits: HeadEdits | Edit | Sequence[Edit] | None = ...,
+    router: Router | None = ...,
+    observers: Sequence[Observer] = ...,
+    transforms: Sequence[Transform] = ...,
+    stack: str | None = ...,
+) -> Attachment: ...
+
+
 def attach(
     model: nn.Module,
     *,
     plan: HeadPlan | None = None,
-    edits: HeadEdits | Edit | Sequence[Edit] | None = None,
+    edits: HeadEdits | Edit | Sequence[Edit] | ExpertEdits | None = None,
     router: Router | None = None,
     observers: Sequence[Observer] = (),
     transforms: Sequence[Transform] = (),
     stack: str | None = None,
-) -> Attachment:
+) -> Any:
     """Apply a KV plan, head edits, a head router, observers or transforms to a transformers model, without changing its code.
 
     The model keeps its class, its weights and its own attention kernel. Attachments nest and may be detached in any
     order; at most one plan and one router are active at a time. A transform `f(call, attend)` gives the head outputs
     (B, N, H, D) of a layer in place of `attend()`; edits and observers come after it. Raises `AttachError` if the model cannot be reached,
     `WrongModelError` if an artifact belongs to another model, `UnitError` if a head does not exist; the model is then
-    as it was. `stack` chooses a tower where a model has several ("text_model", "vision_model").
+    as it was. `ExpertEdits` are applied by `attach_experts` and stand alone. `stack` chooses a tower where a model has
+    several ("text_model", "vision_model").
 
     >>> import torch
     >>> from headwise.hub import load_model
@@ -76,11 +98,15 @@ def attach(
     >>> bool((before != changed).any()), bool((before == model(ids).logits).all())
     (True, True)
     """
+    if isinstance(edits, ExpertEdits):
+        if plan is not None or router is not None or observers or transforms or stack is not None:
+            raise AttachError("ExpertEdits are attached on their own: call attach once for experts and once for heads")
+        return attach_experts(model, edits=edits)
     found = find_stack(model, stack)
     intervention = Intervention(plan, _as_edits(edits), router, tuple(observers), tuple(transforms))
     _check(model, found, stack, intervention)
     existing = [c for c in controllers(model) if c.stack.pattern == found.pattern]
-    controller = existing[0] if existing else Controller(model, found)
+    controller = existing[0] if existing else found.controller(model)
     if router is not None:
         router.install(model, found)
     try:
@@ -96,6 +122,7 @@ def attach(
 
 def detach(model: nn.Module) -> None:
     """Take everything away that is attached to a model (also to a deep copy of an attached model)."""
+    detach_experts(model)
     for controller in list(controllers(model)):
         for intervention in list(controller.interventions):
             Attachment(model, controller, intervention).detach()
@@ -115,15 +142,21 @@ def _check(model: nn.Module, found: Stack, stack: str | None, wanted: Interventi
                 f"plan is a {type(wanted.plan).__name__}; it must be a HeadPlan (HeadPlan.load reads one)"
             )
         wanted.plan.check(print_)
-        _check_windows(wanted.plan, found)
+        _check_patterns(wanted.plan, found)
     if wanted.edits is not None:
         wanted.edits.check(print_)
     if wanted.router is not None:
         wanted.router.check(print_)
 
 
-def _check_windows(plan: HeadPlan, found: Stack) -> None:
-    """A window that no text of this model can outgrow saves nothing: most likely a slip of a digit."""
+def _check_patterns(plan: HeadPlan, found: Stack) -> None:
+    """Unknown key scorers; a window that no text of this model can outgrow saves nothing: most likely a slip of a digit."""
+    for pattern in dict.fromkeys(p for row in plan.patterns for p in row):
+        check_selectors(pattern)
+        if pattern.selects and not pattern.keeps_all and plan.prefill != "dense":
+            raise PlanError(
+                f"{pattern} chooses its tokens when the prompt has been read: the plan needs prefill='dense'"
+            )
     context = getattr(found.config, "max_position_embeddings", None)
     if not isinstance(context, int):
         return

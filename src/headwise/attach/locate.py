@@ -9,12 +9,16 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from headwise.errors import AttachError
 from headwise.units import Fingerprint
+
+if TYPE_CHECKING:
+    from headwise.attach.controller import Controller
 
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
 
@@ -57,14 +61,20 @@ class Stack:
         """Does a token see only what came before it?"""
         return bool(getattr(self.modules[0], "is_causal", False))
 
+    def controller(self, model: nn.Module) -> Controller:
+        """What hangs the interventions into the model."""
+        from headwise.attach.controller import Controller
+
+        return Controller(model, self)
+
 
 def find_stack(model: nn.Module, stack: str | None = None) -> Stack:
     """The one stack of attention layers to work on; `stack` is a part of its name where a model has several.
 
-    Raises `AttachError` for models that are not reached by transformers' attention interface.
+    Raises `AttachError` for models that are reached neither by transformers' attention interface nor by an adapter.
     """
     if not isinstance(model, PreTrainedModel):
-        raise AttachError(f"{type(model).__name__} is no transformers model; attach reaches PreTrainedModel classes")
+        return _adapted(model, stack)
     stacks = _stacks(model)
     if not stacks:
         raise AttachError(
@@ -77,6 +87,19 @@ def find_stack(model: nn.Module, stack: str | None = None) -> Stack:
         asked = "" if stack is None else f"; stack={stack!r} matches {len(chosen)} of them"
         raise AttachError(f"{type(model).__name__} has attention stacks {names}{asked}: choose one with stack=")
     return _checked(model, chosen[0], stacks[chosen[0]])
+
+
+def _adapted(model: nn.Module, stack: str | None) -> Stack:
+    """The stack of a model of another library than transformers."""
+    from headwise.attach import diffusers, timm
+
+    if diffusers.is_diffusers(model):
+        return diffusers.find_diffusers_stack(model, stack)
+    if timm.is_timm(model):
+        return timm.find_timm_stack(model, stack)
+    raise AttachError(
+        f"{type(model).__name__} is no transformers model (PreTrainedModel), no diffusers transformer and no timm ViT; attach reaches these"
+    )
 
 
 def _stacks(model: PreTrainedModel) -> dict[str, dict[int, tuple[str, nn.Module]]]:
@@ -112,6 +135,10 @@ def _checked(model: PreTrainedModel, pattern: str, found: dict[int, tuple[str, n
         )
     modules = tuple(found[i][1] for i in layers)
     config = getattr(modules[0], "config", model.config)
+    if not isinstance(getattr(config, "num_attention_heads", 0), int):
+        raise AttachError(
+            f"stack {pattern}: {type(model).__name__} has another number of heads in each stage, which headwise does not address"
+        )
     declared = getattr(config, "num_hidden_layers", len(layers))
     if len(layers) == 1 < declared and not getattr(config, "is_encoder_decoder", False):
         raise AttachError(

@@ -146,9 +146,9 @@ class Site:
                     f"layer {self.layer}: the attention mask covers {width} columns, the cache and this "
                     f"input have {layer.seen} + {call.q.shape[2]}. Was the cache filled by another prompt?"
                 )
-            groups, past, start = layer.take(call.start if layer.needs_start else None)
-            call.groups, call.past = groups, past
-            call._start, call._start_known = start, True
+            call._start, call._start_known = call.start if layer.needs_start else layer.start, True
+            call.past = layer.seen
+            call.groups, _, call._start = layer.take(call._start, call)
             return
         if call.past:
             raise AttachError(

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,10 @@ Progress = Annotated[
     typer.Option("--progress/--no-progress", help="Progress bars. Default: on a terminal.", show_default=False),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A HeadPlan file: what each kv head keeps.")]
-EditsFile = Annotated[Path | None, typer.Option("--edits", help="A HeadEdits file: what happens to a head's output.")]
+EditsFile = Annotated[
+    Path | None,
+    typer.Option("--edits", help="A HeadEdits file, what happens to a head's output, or an ExpertEdits file."),
+]
 RouterFolder = Annotated[Path | None, typer.Option("--router", help="An adapter folder: which token uses which head.")]
 
 
@@ -55,15 +58,31 @@ def attached(model: Any, plan: Path | None, edits: Path | None, router: Path | N
         return
     from headwise.attach import attach
     from headwise.edits import HeadEdits
+    from headwise.expert_edits import ExpertEdits
     from headwise.plan import HeadPlan
+    from headwise.storage import read_plain_json
 
+    far = plan is not None and read_plain_json(plan).get("headwise") == "long-heads"
+    steered = edits is not None and read_plain_json(edits).get("headwise") == "expert-edits"
     parts: dict[str, Any] = {
-        "plan": HeadPlan.load(plan) if plan else None,
-        "edits": HeadEdits.load(edits) if edits else None,
+        "plan": HeadPlan.load(plan) if plan and not far else None,
+        "transforms": [_long_heads(plan, model)] if plan and far else [],
+        "edits": HeadEdits.load(edits) if edits and not steered else None,
         "router": router_of(router) if router else None,
     }
-    with attach(model, **parts):
+    with ExitStack() as stack:
+        if edits and steered:
+            stack.enter_context(attach(model, edits=ExpertEdits.load(edits)))
+        if any(part is not None and part != [] for part in parts.values()):
+            stack.enter_context(attach(model, **parts))
         yield
+
+
+def _long_heads(path: Path, model: Any) -> Any:
+    """A planner's file that is no cache plan: which chunks a query reads."""
+    from headwise.budget.longheads import LongHeads
+
+    return LongHeads.load(path, model)
 
 
 def router_of(folder: Path) -> Any:

@@ -69,7 +69,7 @@ def group(name: str) -> typer.Typer:
 @cache
 def command(method: Method) -> Any:
     """The command of one method: the standard options of its verb, then the method's own."""
-    standard = _STANDARD[method.verb]
+    standard = _MODEL_PLAN if of_a_model(method) else _STANDARD[method.verb]
     options = [o for o in (Option.of(method, p) for p in method.options.values() if p.name not in _SHARED) if o]
     clash = {p.name for p in standard} & {o.parameter.name for o in options}
     if clash:
@@ -175,6 +175,11 @@ def _scores(path: str) -> Any:
     return HeadScores.load(path)
 
 
+def _reader(method: Method) -> Callable[[str], Any]:
+    """How a planner's scores are read: by `load` of the class that it asks for, `HeadScores` or a finer table."""
+    return getattr(method.leading[0].annotation, "load", _scores)
+
+
 def _plan(path: str) -> Any:
     from headwise.plan import HeadPlan
 
@@ -218,6 +223,7 @@ _SCORES = Annotated[Path, typer.Option("--scores", "-s", help="A file that `head
 
 _LENGTHS = (1024, 8192, 32768)  # where `headwise plan` tells the size of a plan
 
+_MODEL_PLAN = [*_MODEL, _output("plan (JSON)")]
 _STANDARD = {
     "score": [*_MODEL, _output("scores (safetensors)", None)],
     "budget": [_parameter("scores", _SCORES), _output("plan (JSON)")],
@@ -247,15 +253,35 @@ def _run_score(method: Method, options: dict[str, Any], *, output: Path | None, 
     common.say(data, json, f"{scores}\n{_written(output)}".rstrip())
 
 
-def _run_budget(method: Method, options: dict[str, Any], *, scores: Path, output: Path, json: bool) -> None:
+def of_a_model(method: Method) -> bool:
+    """Does this planner need the model alone, no scores?"""
+    return method.verb == "budget" and method.leading[0].name == "model"
+
+
+def _run_budget(
+    method: Method, options: dict[str, Any], *, output: Path, json: bool, scores: Path | None = None, **model: Any
+) -> None:
     """Plan, save, show the plan."""
-    plan = method(_scores(str(scores)), **options)
+    given = common.load(**model)[0] if model else _reader(method)(str(scores))
+    plan = method(given, **options)
     plan.save(output)
     share = {str(n): plan.ratio(n) for n in _LENGTHS}
     budget = str(options.get("budget"))
     data = {"method": method.name, "scores": scores, "budget": budget, "file": output, "ratio": share}
-    ratios = ", ".join(f"{ratio:.0%} at {n} tokens" for n, ratio in share.items())
+    sizes = _plan_bytes(plan, given) if model else {}
+    if model:
+        data |= {"model": model["model"], "layer_bytes": sizes}
+    notes = {n: f", {sum(layers) / 2**20:.1f} MiB" for n, layers in sizes.items()}
+    ratios = "; ".join(f"{ratio:.0%}{notes.get(n, '')} at {n} tokens" for n, ratio in share.items())
     common.say(data, json, f"{plan}\nof the full cache: {ratios}\n{_written(output)}")
+
+
+def _plan_bytes(plan: Any, model: Any) -> dict[str, list[int]]:
+    """Bytes of every layer's keys and values for one row, by length."""
+    from headwise.attach import find_stack
+
+    size = {"head_dim": find_stack(model).head_dim, "dtype": model.dtype}
+    return {str(n): plan.bytes(n, **size).tolist() for n in _LENGTHS}
 
 
 def _run_route(method: Method, options: dict[str, Any], *, output: Path, json: bool, **model: Any) -> None:

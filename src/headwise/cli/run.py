@@ -8,7 +8,7 @@ import typer
 
 from headwise.cli import common
 
-TASKS = ("passkey", "needle", "perplexity")
+TASKS = ("passkey", "needle", "multi-key", "multi-value", "variable-tracking", "perplexity")
 
 
 def models(json: common.Json = False) -> None:
@@ -181,9 +181,12 @@ def _recall(name: str, model: Any, tokenizer: Any, length: int, count: int, seed
     from headwise.tasks.evaluate import exact_match
     from headwise.tasks.needle import make_needles
     from headwise.tasks.passkey import make_passkeys
+    from headwise.tasks.ruler import make_ruler
 
-    make: Any = {"passkey": make_passkeys, "needle": make_needles}[name]
-    made = make(tokenizer, count=count, length=length, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    make: Any = {"passkey": make_passkeys, "needle": make_needles}.get(name)
+    options: dict[str, Any] = {"count": count, "length": length, "generator": generator}
+    made = make(tokenizer, **options) if make else make_ruler(tokenizer, name, **options)
     return exact_match(model, made, **how)
 
 
