@@ -41,7 +41,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One step of a story. `text`: paragraphs of plain text; `figures`: plotly figures; `quotes`: (label, model text)."""
+    """One step of a story. `text`: paragraphs of plain text; `figures`: plotly figures; `quotes`: (label, model text).
+
+    A figure may be a pair (figure, script): the script runs when the figure stands, with its element's id for `{plot_id}`.
+    """
 
     title: str
     text: Sequence[str]
@@ -109,10 +112,12 @@ def _cell(value: Cell) -> str:
 def _figure(figure: Any) -> str:
     import plotly.io
 
+    figure, script = figure if isinstance(figure, tuple) else (figure, None)
     inner = plotly.io.to_html(
         figure,
         full_html=False,
         include_plotlyjs=False,
+        post_script=script,
         config={"displayModeBar": False, "responsive": True, "scrollZoom": False},
     )
     return f'<div class="figure">{inner}</div>'
