@@ -44,8 +44,11 @@ def test_every_listed_architecture_has_a_line():
         "vit",
         "clip",
         "bert",
+        "llava",
+        "qwen2-vl",
     ]
-    assert set(lines) == {"smollm2", *(f"tiny-random-{name}" for name in wanted)}
+    scenes = {f"scene-vlm-{seed}" for seed in range(3)}
+    assert set(lines) == {"smollm2", *scenes, *(f"tiny-random-{name}" for name in wanted)}
     assert all(len(line) > 10 for line in lines.values())
 
 

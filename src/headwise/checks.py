@@ -42,6 +42,26 @@ def finite(name: str, value: Any, error: type[HeadwiseError]) -> float:
     return number
 
 
+def numbers(name: str, text: str, error: type[HeadwiseError], count: int) -> tuple[int, ...]:
+    """Whole numbers below `count` of a text such as `2,5:8,30:`; a range leaves its end out, as in Python. Raises `error`.
+
+    >>> numbers("layers", "1,5:8,30:", HeadwiseError, 32)
+    (1, 5, 6, 7, 30, 31)
+    """
+    found: set[int] = set()
+    for part in text.replace(" ", "").split(","):
+        low, colon, high = part.partition(":")
+        if not (low.isdecimal() or (colon and not low)) or not (high.isdecimal() or not high) or len(part) > 20:
+            raise error(f"{name} is {shown(text)}; write whole numbers and ranges such as 2,5:8")
+        end = (int(high) if high else count) if colon else int(low) + 1
+        if end > count:
+            raise error(f"{name} is {shown(text)}; there are 0 to {count - 1}")
+        found.update(range(int(low or 0), end))
+    if not found:
+        raise error(f"{name} is {shown(text)}, which names none; there are 0 to {count - 1}")
+    return tuple(sorted(found))
+
+
 def plain_meta(meta: Mapping[str, Any], error: type[HeadwiseError]) -> Meta:
     """A copy of `meta`, if it maps text to text, finite numbers and bools; otherwise `error`."""
     for key, value in meta.items():

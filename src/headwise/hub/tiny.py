@@ -91,6 +91,30 @@ _CLIP_FIELDS = {
     "projection_dim": 32,
 }
 
+_LLAVA_FIELDS = {
+    "text_config": _GQA | {"num_hidden_layers": 4, "model_type": "llama"},
+    "vision_config": _VISION | {"model_type": "clip_vision_model"},
+    "image_token_id": 259,
+    "image_seq_length": 16,
+    "vision_feature_layer": -1,
+}
+_QWEN2_VL_FIELDS = {
+    "text_config": _GQA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "vision_config": {
+        "depth": 2,
+        "embed_dim": 64,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "patch_size": 8,
+        "initializer_range": 0.12,
+    },
+    "image_token_id": 259,
+    "video_token_id": 260,
+    "vision_start_token_id": 261,
+    "vision_end_token_id": 262,
+}
+
 TINY_ARCHITECTURES = {
     "llama": TinyArchitecture("Llama, 3 layers, 4 heads, 2 kv heads", "LlamaForCausalLM", "LlamaConfig", _GQA),
     "qwen3": TinyArchitecture("Qwen3: as Llama, with normed queries and keys", "Qwen3ForCausalLM", "Qwen3Config", _GQA),
@@ -137,6 +161,18 @@ TINY_ARCHITECTURES = {
     ),
     "clip": TinyArchitecture(
         "CLIP, text and vision towers of 2 layers", "CLIPModel", "CLIPConfig", _CLIP_FIELDS, text=False
+    ),
+    "llava": TinyArchitecture(
+        "LLaVA: CLIP vision (32 x 32 pixels, 16 image tokens) and Llama of 4 layers; image token id 259",
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        _LLAVA_FIELDS,
+    ),
+    "qwen2-vl": TinyArchitecture(
+        "Qwen2-VL: vision tower with 2 x 2 merged patches, decoder with M-RoPE; image token id 259",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        _QWEN2_VL_FIELDS,
     ),
 }
 

@@ -1,0 +1,69 @@
+"""What a model says about scenes: hallucination rates with recall and length, which only together tell something.
+
+CHAIR (Rohrbach et al., arXiv 1809.02156), counted in kinds of objects, so that saying a true thing twice does not look like an
+improvement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from headwise.tasks.scenes import FIRST_OBJECT, OBJECTS, PAD, Scenes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Descriptions:
+    """Answers of a model (B, T) to "describe :" about scenes, padded on the right."""
+
+    scenes: Scenes
+    answers: Tensor
+
+    def said(self, row: int) -> list[int]:
+        """Kinds in the order in which they were named, with repetitions."""
+        last = FIRST_OBJECT + len(OBJECTS)
+        return [i - FIRST_OBJECT for i in self.answers[row].tolist() if FIRST_OBJECT <= i < last]
+
+    def measures(self) -> dict[str, float]:
+        """Rates over all answers.
+
+        chair_s: share of answers with an invented kind; chair_i: share of the named kinds that are invented; recall: share of
+        the kinds in the pictures that are named; f1 of recall and 1 − chair_i; length: objects named, with repetitions;
+        repeats: share of them that are repetitions.
+        """
+        invented = named = there = right = faulty = words = 0
+        for row in range(len(self.scenes)):
+            said, real = self.said(row), self.scenes.objects(row)
+            wrong = set(said) - real
+            invented, named, words = invented + len(wrong), named + len(set(said)), words + len(said)
+            right, there, faulty = right + len(real & set(said)), there + len(real), faulty + bool(wrong)
+        count = len(self.scenes)
+        chair_i, recall = invented / max(named, 1), right / there
+        precision = 1 - chair_i if named else 0.0
+        f1 = 2 * precision * recall / max(precision + recall, 1e-12)
+        length, repeats = words / count, 1 - named / max(words, 1)
+        values = (faulty / count, chair_i, recall, f1, length, repeats)
+        return dict(zip(("chair_s", "chair_i", "recall", "f1", "length", "repeats"), values, strict=True))
+
+    def training(self) -> dict[str, Tensor]:
+        """The prompts with these answers, as inputs of the model: ids and mask padded on the right, pixels."""
+        ids = torch.cat([self.scenes.prompt, self.answers], dim=1)
+        real = torch.cat([torch.ones_like(self.scenes.prompt), (self.answers != PAD).long()], dim=1)
+        return {"input_ids": ids, "attention_mask": real, "pixel_values": self.scenes.pixels}
+
+
+@torch.no_grad()
+def describe(model: PreTrainedModel, scenes: Scenes, *, tokens: int = 12, batch_size: int = 256) -> Descriptions:
+    """Greedy answers of a scene model, with its cache."""
+    parts = []
+    for at in range(0, len(scenes), batch_size):
+        inputs = {k: v.to(model.device) for k, v in scenes.inputs(slice(at, at + batch_size)).items()}
+        made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, scenes.prompt.shape[1] :]
+        parts.append(torch.nn.functional.pad(made.cpu(), (0, tokens - made.shape[1]), value=PAD))
+    return Descriptions(scenes, torch.cat(parts))

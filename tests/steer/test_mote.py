@@ -1,0 +1,355 @@
+"""MoTE: maps count what routers chose, contrasts find experts that were wired in, checks and edits do what they say."""
+
+import json
+
+import pytest
+import torch
+
+import headwise
+from headwise.errors import AttachError, EditError, UnitError
+from headwise.expert_edits import ExpertEdits
+from headwise.hub import load_model
+from headwise.papers import _mote_model
+from headwise.steer import ExpertMaps, expert_maps, label_answers, mote, mote_check
+from headwise.units import HeadScores, HeadSet
+from tiny_helper import state, tiny, tokens
+
+MODELS = ["mixtral", "qwen3-moe", "deepseek-v3"]
+PLANTED = [(1, 3), (2, 6)]
+
+
+def prompts(count=6, seed=0):
+    return [tokens(1, 8 + 3 * i, seed=seed + i)[0] for i in range(count)]
+
+
+def labels(count=6):
+    return ["ab"[i % 2] for i in range(count)]
+
+
+def maps_of(a, b, layers=(1, 2)):
+    """Maps given by hand, of a model whose layer 0 is dense."""
+    model = tiny("deepseek-v3")
+    values = torch.stack([*a, *b]).double()
+    return ExpertMaps(values, ("a",) * len(a) + ("b",) * len(b), layers, headwise.fingerprint(model))
+
+
+def planted(rows=8, seed=0):
+    """Two classes of random maps; in class a, two experts are always busier."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(2, rows, 3, 8, generator=generator)
+    noise[:, :, 0] = 0
+    for layer, expert in PLANTED:
+        noise[0, :, layer, expert] += 2
+    return maps_of(list(noise[0]), list(noise[1]))
+
+
+# maps
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_counts_sum_to_k_and_dense_layers_to_nothing(name):
+    maps = expert_maps(tiny(name), None, prompts(), labels(), per_token=False)
+    lengths = torch.tensor([len(p) for p in prompts()]).double()
+    for layer in range(3):
+        wanted = 2 * lengths if layer in maps.layers else 0 * lengths
+        assert torch.equal(maps.values[:, layer].sum(-1), wanted)
+
+
+@pytest.mark.parametrize("activity", ["count", "weight", "prob"])
+def test_maps_do_not_depend_on_batch_and_padding(activity):
+    model = tiny("qwen3-moe")
+    alone, together = (
+        expert_maps(model, None, prompts(), labels(), activity=activity, batch_size=b).values for b in (1, 6)
+    )
+    assert torch.allclose(alone, together, atol=1e-6)
+    total = {"count": 2.0, "prob": 1.0}.get(activity)
+    assert total is None or torch.allclose(alone.sum(-1), torch.full((6, 3), total).double(), atol=1e-4)
+
+
+def test_recording_changes_nothing():
+    model, ids = tiny("mixtral"), tokens(1, 9)
+    before, was = model(ids).logits, state(model)
+    expert_maps(model, None, prompts(2), labels(2))
+    assert torch.equal(model(ids).logits, before) and state(model) == was
+
+
+def test_written_tokens_instead_of_the_prompt():
+    model = tiny("qwen3-moe")
+    model.generation_config.eos_token_id = None
+    maps = expert_maps(model, None, prompts(2), labels(2), new_tokens=5, per_token=False)
+    assert maps.values[:, 0].sum(-1).tolist() == [10, 10]  # five tokens that were written and read, two experts each
+
+
+def test_the_last_token_alone():
+    maps = expert_maps(tiny("qwen3-moe"), None, prompts(3), labels(3), tokens="last", per_token=False)
+    assert (maps.values.sum(-1) == 2).all()
+
+
+def test_text_chat_and_answers():
+    model, tokenizer = load_model("tiny-random-mixtral")
+    plain, chat = (
+        expert_maps(model, tokenizer, ["hi", "ho"], ["x", "y"], chat=c, per_token=False) for c in (False, True)
+    )
+    assert chat.values.sum() > plain.values.sum()
+    texts = []
+    found = label_answers(
+        model, tokenizer, ["hi", "hello"], lambda text: texts.append(text) or str(len(texts)), new_tokens=3
+    )
+    assert found == ["1", "2"] and all(isinstance(t, str) for t in texts)
+
+
+# contrasts
+
+
+def test_planted_experts_rank_first_by_every_statistic():
+    contrast = planted().contrast("a")
+    for by in ("difference", "ratio", "t", "auroc"):
+        assert set(contrast.scores(by).top(2).pairs()) == set(PLANTED), by
+    assert contrast.auroc[1, 3] == 1
+    q = contrast.q_values(400, torch.Generator().manual_seed(0))
+    found = {divmod(int(i), 8) for i in (q < 0.1).flatten().nonzero()[:, 0]}
+    assert set(PLANTED) <= found and len(found) <= 3 and (q[0] == 1).all()
+
+
+def test_two_classes_are_antisymmetric_and_order_does_not_matter():
+    maps = planted()
+    one, other = maps.contrast("a"), maps.contrast("b")
+    assert torch.equal(one.difference, -other.difference) and torch.allclose(one.t, -other.t)
+    assert torch.allclose(one.auroc, 1 - other.auroc)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    shuffled = ExpertMaps(maps.values[order], tuple(maps.labels[i] for i in order), maps.layers, maps.fingerprint)
+    assert torch.allclose(shuffled.contrast("a").difference, one.difference)
+
+
+def test_doubling_the_prompts_changes_no_ranking():
+    maps = planted()
+    twice = ExpertMaps(maps.values.repeat(2, 1, 1), maps.labels * 2, maps.layers, maps.fingerprint)
+    assert twice.contrast("a").scores().top(8) == maps.contrast("a").scores().top(8)
+
+
+def test_without_an_effect_p_values_are_uniform():
+    values = torch.rand(30, 3, 8, generator=torch.Generator().manual_seed(2))
+    values[:, 0] = 0
+    p = maps_of(list(values[:15]), list(values[15:])).contrast("a").p_values(300, torch.Generator().manual_seed(3))[1:]
+    assert 0.35 < p.mean() < 0.65 and p.min() > 1 / 301
+
+
+def test_an_effect_without_variance():
+    one, other = torch.zeros(3, 8), torch.zeros(3, 8)
+    one[1, 2] = 1.0
+    contrast = maps_of([one, one], [other, other]).contrast("a")
+    assert contrast.t[1, 2] > 1e6 and contrast.t[1, 0] == 0 and contrast.ratio[1, 0] == 0 and contrast.ratio[1, 2] == 1
+
+
+def test_layers_without_experts_come_last():
+    scores = planted().contrast("a").scores()
+    assert {unit.layer for unit, _ in scores.ranking()[16:]} == {0}
+    assert scores.kind == "expert"
+
+
+def test_three_classes():
+    values = torch.zeros(3, 3, 8).double()
+    values[0, 1, 1], values[1, 1, 2], values[2, 1, 3] = 1, 1, 1
+    maps = ExpertMaps(values, ("a", "b", "c"), (1, 2), headwise.fingerprint(tiny("deepseek-v3")))
+    assert maps.contrast("a").difference[1, 2] == -0.5 and maps.contrast("a", "b").difference[1, 2] == -1
+    assert maps.contrast("a", "b").difference[1, 3] == 0
+
+
+@pytest.mark.parametrize("arguments, words", [(("z",), "'z'"), (("a", "z"), "'z'"), (("a", "a"), "needs two classes")])
+def test_classes_that_are_not_there(arguments, words):
+    with pytest.raises(EditError, match=words):
+        planted().contrast(*arguments)
+
+
+def test_one_class_alone_has_no_contrast():
+    maps = expert_maps(tiny("mixtral"), None, prompts(2), ["a", "a"])
+    with pytest.raises(EditError, match="any other"):
+        maps.contrast("a")
+
+
+# the method
+
+
+@pytest.mark.parametrize("op, value", [("off", None), ("ban", None), ("force", None), ("favour", 0.5), ("scale", 0.0)])
+@pytest.mark.parametrize("name", MODELS)
+def test_edits_that_the_model_takes(name, op, value, tmp_path):
+    model, ids = tiny(name), tokens(2, 10)
+    edits = mote(model, None, behaviour="b", prompts=prompts(), labels=labels(), experts=1, op=op, value=value)
+    assert edits.method == "mote" and len(edits.edits[0].units) == 1
+    edits.save(tmp_path / "e.json")
+    assert ExpertEdits.load(tmp_path / "e.json") == edits
+    before, was = model(ids).logits, state(model)
+    with headwise.attach(model, edits=edits):
+        model(ids)
+    assert torch.equal(model(ids).logits, before) and state(model) == was
+
+
+def test_the_edited_experts_are_the_busiest():
+    model = tiny("qwen3-moe")
+    edits = mote(model, None, behaviour="b", prompts=prompts(), labels=labels(), experts=3, by="auroc", activity="prob")
+    wanted = expert_maps(model, None, prompts(), labels(), activity="prob").contrast("b").scores("auroc").top(3)
+    assert edits.edits[0].units == wanted
+
+
+def test_data_from_a_file(tmp_path):
+    model, tokenizer = load_model("tiny-random-mixtral")
+    file = tmp_path / "d.jsonl"
+    rows = [{"prompt": "What happened?", "label": "ask"}, {"prompt": "1 + 1 =", "label": "sum"}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert len(mote(model, tokenizer, behaviour="sum", data=file, experts=1)) == 1
+    file.write_text('{"prompt": 3, "label": "x"}')
+    with pytest.raises(EditError, match="d.jsonl:1"):
+        mote(model, tokenizer, behaviour="sum", data=file)
+    file.write_text("{")
+    with pytest.raises(EditError, match="not a line of JSON"):
+        mote(model, tokenizer, behaviour="sum", data=file)
+    with pytest.raises(EditError, match="no file"):
+        mote(model, tokenizer, behaviour="sum", data=tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"experts": 99}, "busier"), ({"experts": 0}, "experts"), ({"behaviour": "z"}, "'z'"), ({"activity": "loud"}, "activity"),
+     ({"by": "luck"}, "by="), ({"labels": ["a"]}, "labels for 6 prompts"), ({"labels": None}, "give data="),
+     ({"prompts": [], "labels": []}, "empty"), ({"op": "scale"}, "value"), ({"tokens": "500:"}, "no token"),
+     ({"batch_size": 0}, "batch_size"), ({"new_tokens": -1}, "new_tokens")],
+)  # fmt: skip
+def test_demands_without_sense(options, words):
+    options = {"behaviour": "b", "prompts": prompts(), "labels": labels(), "experts": 1} | options
+    model = tiny("qwen3-moe")
+    was = state(model)
+    with pytest.raises(EditError, match=words):
+        mote(model, None, **options)
+    assert state(model) == was
+
+
+def test_models_and_prompts_out_of_reach():
+    with pytest.raises(AttachError, match="no experts"):
+        mote(tiny("llama"), None, behaviour="b", prompts=prompts(), labels=labels())
+    with pytest.raises(EditError, match="tokenizer"):
+        expert_maps(tiny("mixtral"), None, ["text"], ["a"])
+    with pytest.raises(EditError, match="N >= 1"):
+        expert_maps(tiny("mixtral"), None, [torch.tensor([], dtype=torch.long)], ["a"])
+
+
+def test_more_forced_than_a_token_has():
+    """Seven experts in three layers are more than two in some layer."""
+    with pytest.raises(EditError, match="forced on"):
+        mote(tiny("qwen3-moe"), None, behaviour="b", prompts=prompts(), labels=labels(), experts=7, op="force")
+
+
+# the check
+
+
+def scores_of(model, pairs):
+    values = torch.zeros(3, 8)
+    for place, (layer, expert) in enumerate(pairs):
+        values[layer, expert] = len(pairs) - place
+    return HeadScores(values=values, kind="expert", method="x", fingerprint=headwise.fingerprint(model))
+
+
+def test_controls_are_of_the_same_layers_and_never_the_best():
+    model, seen = tiny("qwen3-moe"), []
+    ids = tokens(1, 6)
+
+    def measure():
+        owner = model.model.__dict__.get("_headwise_experts")
+        seen.append(None if owner is None else owner.edits[0].edits[0].units)
+        return {"even": model(ids).logits[0].argmax(-1) % 2 == 0}
+
+    best = [(1, 3), (2, 6), (1, 0), (0, 1)]
+    check = mote_check(model, scores_of(model, best), measure, doses=(1, 3), draws=4)
+    assert seen[0] is None and seen[1] == HeadSet.of(best[:1], "expert") and seen[6] == HeadSet.of(best[:3], "expert")
+    for units in seen[7:]:
+        assert sorted(unit.layer for unit in units) == [1, 1, 2] and not units & HeadSet.of(best[:3], "expert")
+    assert len(check.dose(3).random["even"]) == 4 and "random" in str(check)
+    assert json.dumps(check.to_dict())
+
+
+def test_flips_are_counted_both_ways():
+    model = tiny("qwen3-moe")
+    answers = iter([[1, 1, 1, 1, 0], [0, 0, 1, 0, 1], [1, 1, 1, 1, 0]])
+    check = mote_check(
+        model, scores_of(model, [(1, 3)]), lambda: {"x": torch.tensor(next(answers))}, doses=(1,), draws=1
+    )
+    row = check.dose(1)
+    assert (row.lost["x"], row.gained["x"], row.rate["x"], row.random_mean("x")) == (3, 1, 0.4, 0.8)
+    assert row.p["x"] == pytest.approx(0.625)
+    with pytest.raises(EditError, match="n=2"):
+        check.dose(2)
+
+
+def test_checks_without_sense():
+    model = tiny("qwen3-moe")
+    measure = lambda: {"x": torch.tensor([1])}
+    scores = scores_of(model, [(1, 3)])
+    for options, words in (
+        ({"doses": ()}, "doses"),
+        ({"doses": (0,)}, "doses"),
+        ({"draws": 0}, "draws"),
+        ({"doses": (24,)}, "left to draw"),
+    ):
+        with pytest.raises(EditError, match=words):
+            mote_check(model, scores, measure, **options)
+    with pytest.raises(EditError, match="truth value"):
+        mote_check(model, scores, dict, doses=(1,))
+    with pytest.raises(UnitError):
+        mote_check(model, HeadScores(values=torch.zeros(2, 2), kind="expert", method="x"), measure)
+
+
+# ground truth: a model in which two experts, and nothing else, write the refusal
+
+TOUCHY, SORRY = range(60, 80), 4  # words that share a direction, and the word of the refusal
+
+
+@pytest.fixture(scope="module")
+def handmade():
+    model = _mote_model.build(0, layers=3, experts=8, active=2, width=32).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if name in ("down_proj",) or module is model.lm_head:
+                    parameter.zero_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.gate.weight[:, :2] = 0
+        model.model.embed_tokens.weight *= 20
+        model.model.embed_tokens.weight[:, :2] = 0
+        model.model.embed_tokens.weight[list(TOUCHY), 0] = 1.0
+        for layer, expert in PLANTED:
+            block = model.model.layers[layer].mlp
+            block.gate.weight[expert] = 0
+            block.gate.weight[expert, 0] = 50.0  # asks for them when the touchy word is read
+            block.experts.gate_up_proj[expert] = 0
+            block.experts.gate_up_proj[expert, [0, 16], 0] = 1.0
+            block.experts.down_proj[expert, 1, 0] = 1.0  # and writes into the field that "sorry" is read from
+        model.lm_head.weight[SORRY, 1] = 1.0
+        model.lm_head.weight[0, 1] = 0.0
+    return model
+
+
+def test_the_experts_that_write_the_refusal_are_found_and_are_the_cause(handmade):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, 60, (40, 6), generator=generator)
+    ids[:20, -1] = torch.tensor(list(TOUCHY))
+    classes = ["refused" if row < 20 else "answered" for row in range(40)]
+    contrast = expert_maps(handmade, None, list(ids), classes, tokens="last").contrast("refused")
+    assert set(contrast.scores().top(2).pairs()) == set(PLANTED)
+
+    def measure():
+        return {"refused": handmade(ids[:20]).logits[:, -1].argmax(-1) == SORRY}
+
+    check = mote_check(handmade, contrast.scores(), measure, doses=(2,), draws=10)
+    row = check.dose(2)
+    assert check.intact["refused"] == 1 and row.rate["refused"] == 0 and row.random_mean("refused") == 1
+    assert row.lost["refused"] == 20 and row.p["refused"] < 1e-5
+    assert not (handmade(ids[20:]).logits[:, -1].argmax(-1) == SORRY).any()
+
+
+def test_a_ban_ends_it_too_and_rows_are_steered_apart(handmade):
+    ids = torch.tensor([[20, 30, TOUCHY[0]], [25, 33, TOUCHY[9]]])
+    for op in ("off", "ban"):
+        edits = ExpertEdits((headwise.ExpertEdit(units=HeadSet.of(PLANTED, "expert"), op=op, rows=(1,)),))
+        with headwise.attach(handmade, edits=edits):
+            given = handmade(ids).logits[:, -1]
+        assert given[0].argmax() == SORRY and given[1].argmax() != SORRY
