@@ -20,6 +20,9 @@ What each verb takes and gives back:
 A planner that needs no scores takes `model`: a transformers model, or the `Fingerprint` of one, which is all that most look at.
 What a planner gives back has `save` and `ratio`; one that changes reads instead of storage (LongHeads) gives a transform for `attach`.
 
+A conversion that makes one model of several takes `(models, tokenizers)`, two lists; its command takes `--models A B C`. What it, or a
+conversion that rebuilds a model, gives back has `save_pretrained` like a router.
+
 Edits are `HeadEdits`, or `ExpertEdits` where experts are steered: anything with a text form and `save`.
 
 Options are keyword-only and annotated. Those of a plain type (`int`, `float`, `str`, `bool`, `Literal[…]`, each also `| None`) and the

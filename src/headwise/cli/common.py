@@ -13,6 +13,9 @@ import typer
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A bundled name (see: headwise models), a local folder, or a hub id.")
 ]
+Models = Annotated[
+    list[str], typer.Option("--models", help="Several models of one architecture: --models A B C, each as for --model.")
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, … or auto. Default: float32 on a CPU.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, … Default: cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
@@ -39,6 +42,12 @@ def load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
     with get_console().status(f"loading {model}"):
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return load_model(model, dtype=dtype, device=chosen)
+
+
+def load_all(models: list[str], dtype: str | None, device: str | None) -> tuple[list[Any], list[Any]]:
+    """Several models and their tokenizers."""
+    loaded = [load(model, dtype, device) for model in models]
+    return [model for model, _ in loaded], [tokenizer for _, tokenizer in loaded]
 
 
 def tokenizer_of(model: str, tokenizer: Any) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from headwise import registry
 from headwise.cli import common
@@ -60,6 +60,25 @@ class MethodGroup(TyperGroup):
         return command(registry.get(self.verb, cmd_name))
 
 
+class ListCommand(TyperCommand):
+    """A command whose list options take all words up to the next option: `--models A B C` is `--models A --models B …`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the name of a list option before each of its words."""
+        lists = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        spread: list[str] = []
+        current, bare = "", False
+        for word in args:
+            if word.startswith("-"):
+                current, bare = (word, True) if word in lists else ("", False)
+            elif current and not bare:
+                spread.append(current)
+            else:
+                bare = False
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
 def group(name: str) -> typer.Typer:
     """The Typer app of one of `COMMANDS`."""
     cls = types.new_class("Group", (MethodGroup,), exec_body=lambda body: body.update(verb=COMMANDS[name]))
@@ -69,7 +88,7 @@ def group(name: str) -> typer.Typer:
 @cache
 def command(method: Method) -> Any:
     """The command of one method: the standard options of its verb, then the method's own."""
-    standard = _MODEL_PLAN if of_a_model(method) else _STANDARD[method.verb]
+    standard = _MODEL_PLAN if of_a_model(method) else _MODELS if of_models(method) else _STANDARD[method.verb]
     options = [o for o in (Option.of(method, p) for p in method.options.values() if p.name not in _SHARED) if o]
     clash = {p.name for p in standard} & {o.parameter.name for o in options}
     if clash:
@@ -94,7 +113,7 @@ def command(method: Method) -> Any:
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__doc__ = help_text(method)
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command(method.name)(run)
+    app.command(method.name, cls=ListCommand)(run)
     return typer.main.get_command(app)
 
 
@@ -224,6 +243,7 @@ _SCORES = Annotated[Path, typer.Option("--scores", "-s", help="A file that `head
 _LENGTHS = (1024, 8192, 32768)  # where `headwise plan` tells the size of a plan
 
 _MODEL_PLAN = [*_MODEL, _output("plan (JSON)")]
+_MODELS = [_parameter("models", common.Models), *_MODEL[1:], _output("mixture's folder")]
 _STANDARD = {
     "score": [*_MODEL, _output("scores (safetensors)", None)],
     "budget": [_parameter("scores", _SCORES), _output("plan (JSON)")],
@@ -258,6 +278,11 @@ def of_a_model(method: Method) -> bool:
     return method.verb == "budget" and method.leading[0].name == "model"
 
 
+def of_models(method: Method) -> bool:
+    """Does this conversion make one model of several?"""
+    return method.verb == "route" and method.leading[0].name == "models"
+
+
 def _run_budget(
     method: Method, options: dict[str, Any], *, output: Path, json: bool, scores: Path | None = None, **model: Any
 ) -> None:
@@ -286,10 +311,12 @@ def _plan_bytes(plan: Any, model: Any) -> dict[str, list[int]]:
 
 def _run_route(method: Method, options: dict[str, Any], *, output: Path, json: bool, **model: Any) -> None:
     """Convert or train, save the adapter."""
-    loaded, tokenizer = common.load(**model)
+    several = "models" in model
+    loaded, tokenizer = common.load_all(**model) if several else common.load(**model)
     router = method(loaded, tokenizer, **options)
     router.save_pretrained(output)
-    data = {"method": method.name, "model": model["model"], "router": str(router), "folder": output}
+    source = {"models": model["models"]} if several else {"model": model["model"]}
+    data = {"method": method.name, **source, "router": str(router), "folder": output}
     common.say(data, json, f"{router}\n{_written(output)}")
 
 

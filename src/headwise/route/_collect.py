@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,49 @@ class Collector:
         return fresh
 
     def add_loss(self, layer: int, loss: Tensor) -> None:
-        """The balance loss of a layer in this pass."""
+        """The auxiliary loss of a layer in this pass."""
         self.losses[layer] = loss
         self.without_graph |= not torch.is_grad_enabled()
+
+    def mean_loss(self) -> Tensor | None:
+        """Mean over layers of this pass' losses; None without any. RouteError where checkpointing lost the graph."""
+        if not self.losses:
+            return None
+        if self.without_graph and torch.is_grad_enabled():
+            raise RouteError(
+                "the balance loss has no gradient: reentrant gradient checkpointing ran the layers without a graph; "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        losses = list(self.losses.values())
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+
+def join_loss(output: Any, extra: Tensor, kwargs: dict, causal: bool) -> Any:
+    """A model's output with `extra` added to its task loss, where there is one."""
+    if isinstance(output, tuple):
+        labelled = kwargs.get("labels") is not None and isinstance(output[0], Tensor) and output[0].ndim == 0
+        return (_joined(output[0], extra, kwargs, causal), *output[1:]) if labelled else output
+    if getattr(output, "loss", None) is not None:
+        output.loss = _joined(output.loss, extra, kwargs, causal)
+    return output
+
+
+def _joined(task: Tensor, extra: Tensor, kwargs: dict, causal: bool) -> Tensor:
+    return task + (extra * _share_of_step(kwargs, causal)).to(device=task.device, dtype=task.dtype)
+
+
+def _share_of_step(kwargs: dict, causal: bool) -> Tensor | float:
+    """Share of the optimizer step's labels in this batch.
+
+    Trainer normalises the task loss by the labels of all accumulated batches (`num_items_in_batch`) and then no
+    longer divides by their number; without this factor the auxiliary loss would count once for each of them.
+    """
+    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if total is None or not isinstance(labels, Tensor):
+        return 1.0
+    shifted = kwargs.get("shift_labels")
+    mine = shifted if isinstance(shifted, Tensor) else labels[..., 1:] if causal else labels
+    return (mine != -100).sum() / torch.as_tensor(total, device=labels.device)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from headwise.attach import Stack, find_stack, fingerprint
 from headwise.attach.controller import tensor_parallel
 from headwise.attach.projection import output_projection, scale_heads
 from headwise.errors import ArtifactError, AttachError, RouteError
-from headwise.route._collect import Collector, HeadLoad
+from headwise.route._collect import Collector, HeadLoad, join_loss
 from headwise.route._config import RouterConfig
 from headwise.route._layers import CLASSES, FittedLayer, RouterLayer, TrainedLayer
 from headwise.units import Fingerprint, HeadSet
@@ -113,47 +113,16 @@ class HeadRouter(nn.Module):
 
         Raises RouteError where gradient checkpointing ran the layers without a graph.
         """
-        if not self.collector.losses:
-            return None
-        if self.collector.without_graph and torch.is_grad_enabled():
-            raise RouteError(
-                "the balance loss has no gradient: reentrant gradient checkpointing ran the layers without a graph; "
-                "use gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        losses = list(self.collector.losses.values())
-        return self.config.beta * torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+        mean = self.collector.mean_loss()
+        return None if mean is None else self.config.beta * mean
 
     def _begin(self, owner: nn.Module, args: tuple) -> None:
         self.collector.begin()
 
     def _add_loss(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook of the model: the task loss, where there is one, gets the balance loss."""
-        if not model.training or not self.collector.losses:
-            return output
-        if isinstance(output, tuple):
-            labelled = kwargs.get("labels") is not None and isinstance(output[0], Tensor) and output[0].ndim == 0
-            return (self._joined(output[0], kwargs), *output[1:]) if labelled else output
-        if getattr(output, "loss", None) is not None:
-            output.loss = self._joined(output.loss, kwargs)
-        return output
-
-    def _joined(self, task: Tensor, kwargs: dict) -> Tensor:
-        extra = self.loss()
-        assert extra is not None
-        return task + (extra * self._share_of_step(kwargs)).to(device=task.device, dtype=task.dtype)
-
-    def _share_of_step(self, kwargs: dict) -> Tensor | float:
-        """Share of the optimizer step's labels in this batch.
-
-        Trainer normalises the task loss by the labels of all accumulated batches (`num_items_in_batch`) and then no
-        longer divides by their number; without this factor the balance loss would count once for each of them.
-        """
-        total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if total is None or not isinstance(labels, Tensor):
-            return 1.0
-        shifted = kwargs.get("shift_labels")
-        mine = shifted if isinstance(shifted, Tensor) else labels[..., 1:] if self._causal else labels
-        return (mine != -100).sum() / torch.as_tensor(total, device=labels.device)
+        extra = self.loss() if model.training else None
+        return output if extra is None else join_loss(output, extra, kwargs, self._causal)
 
     # -- what it does ------------------------------------------------------------------------------------------------
 
