@@ -41,7 +41,23 @@ def load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
 
     with get_console().status(f"loading {model}"):
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if (Path(model) / "headwise.json").is_file():
+            return _rebuilt(model, dtype, chosen)
         return load_model(model, dtype=dtype, device=chosen)
+
+
+def _rebuilt(folder: str, dtype: str | None, device: str) -> tuple[Any, Any]:
+    """A model that a conversion rebuilt, such as a mixture of several."""
+    import torch
+
+    from headwise.errors import ArtifactError
+    from headwise.route import load_rebuilt
+
+    made = load_rebuilt(folder)
+    kind = getattr(torch, dtype, None) if dtype not in (None, "auto") else made.model.dtype
+    if not isinstance(kind, torch.dtype):
+        raise ArtifactError(f"dtype is {dtype!r}; it must be the name of a torch dtype such as 'bfloat16', or 'auto'")
+    return made.model.to(device, kind).eval(), made.tokenizer
 
 
 def load_all(models: list[str], dtype: str | None, device: str | None) -> tuple[list[Any], list[Any]]:

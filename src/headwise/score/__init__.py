@@ -1,13 +1,33 @@
 """Score: what every head is worth, by one method a file. Results are `HeadScores`.
 
 `retrieval_check` tests whether a score is causal; `retrieval_tests` and `induction_and_echo` give what their methods condense.
+`InfluenceScorer` scores documents by their need of heads, `important_heads` chooses the heads.
+`attribute` splits a logit difference into all its parts; `find_circuit` gives path patching stage by stage.
 """
 
 from headwise.registry import expose
 from headwise.score._check import CheckRow, RetrievalCheck, retrieval_check
+from headwise.score._influence import Influence, InfluenceScorer, important_heads
+from headwise.score._residual import Attribution
+from headwise.score.circuit import Circuit, find_circuit
 from headwise.score.induction import induction_and_echo
+from headwise.score.logit_attribution import attribute
 from headwise.score.retrieval import RetrievalTests, retrieval_tests
 
-__all__ = ["CheckRow", "RetrievalCheck", "RetrievalTests", "induction_and_echo", "retrieval_check", "retrieval_tests"]
+__all__ = [
+    "Attribution",
+    "CheckRow",
+    "Circuit",
+    "Influence",
+    "InfluenceScorer",
+    "RetrievalCheck",
+    "RetrievalTests",
+    "attribute",
+    "find_circuit",
+    "important_heads",
+    "induction_and_echo",
+    "retrieval_check",
+    "retrieval_tests",
+]
 
 expose(__name__)
