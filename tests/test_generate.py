@@ -192,7 +192,10 @@ def test_assisted_generation_without_a_cache_of_its_own_is_exact_or_refused():
     with pytest.raises(CacheError, match="past_key_values=HeadwiseCache"):
         under(model, SMALL, one, assistant_model=tiny("qwen3"))
     dense = HeadPlan.uniform(SinkWindow(1, 5), 3, 2, prefill="dense")
-    for assistant in (tiny(), tiny("qwen3")):  # one whose drafts are all taken, so that nothing is ever cropped, and one whose are not
+    for assistant in (
+        tiny(),
+        tiny("qwen3"),
+    ):  # one whose drafts are all taken, so that nothing is ever cropped, and one whose are not
         with pytest.raises(CacheError, match="prefill='masked'"):
             under(model, dense, one, assistant_model=assistant)
 

@@ -191,7 +191,7 @@ def test_dealing_meets_the_mean_and_the_bounds(weights, mean, least, most):
         (lambda: pyramidkv(LLAMA, beta=0.5), "beta is 0.5"),
         (lambda: headkv(scores(), beta=0.0), "beta is 0.0"),
         (lambda: headkv("scores.safetensors"), "must be HeadScores"),
-        (lambda: headkv(HeadScores(values=torch.rand(2, 4), method="x")), "do not know their model"),
+        (lambda: headkv(HeadScores(values=torch.rand(2, 4), method="x")), "does not know its model"),
         (lambda: headkv(scores(), budget="16tok"), "raise the budget"),
         (lambda: random(LLAMA, seed=-1), "seed is -1"),
     ],
