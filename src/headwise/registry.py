@@ -13,7 +13,7 @@ What each verb takes and gives back:
 | `score`  | `f(model, tokenizer, *, options…, seed: int = 0, progress: bool = False)`   | `HeadScores` | `headwise score`   |
 | `budget` | `f(scores, *, budget: Budget, options…)`, or `f(model, *, …)`              | `HeadPlan`   | `headwise plan`    |
 | `route`  | `f(model, tokenizer, *, options…, seed: int = 0, progress: bool = False)`   | `HeadRouter` | `headwise convert` |
-| `train`  | the same; the router is trained, not derived                                | `HeadRouter` | `headwise train`   |
+| `train`  | the same; the router is trained, not derived; or a recipe, see below        | `HeadRouter` | `headwise train`   |
 | `steer`  | `f(model, tokenizer, *, options…)`                                          | edits        | `headwise edit`    |
 | `scale`  | free: models, ranks and simulators differ too much                          | anything     | –                  |
 
@@ -22,6 +22,9 @@ What a planner gives back has `save` and `ratio`; one that changes reads instead
 
 A conversion that makes one model of several takes `(models, tokenizers)`, two lists; its command takes `--models A B C`. What it, or a
 conversion that rebuilds a model, gives back has `save_pretrained` like a router.
+
+A recipe, `f(*, options…)`, trains from scratch: it makes its model and its data itself, so it takes neither, and its command has no
+`--model`. What it gives back has `save_pretrained` and `curves`, the losses of its runs.
 
 Edits are `HeadEdits`, or `ExpertEdits` where experts are steered: anything with a text form and `save`.
 
@@ -220,7 +223,8 @@ def _check(method: Method) -> None:
         return
     parameters = list(inspect.signature(method.function).parameters.values())
     leading = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(leading) != LEADING[method.verb] or any(p.default is not p.empty for p in leading):
+    recipe = method.verb == "train" and not leading
+    if (len(leading) != LEADING[method.verb] and not recipe) or any(p.default is not p.empty for p in leading):
         raise MethodError(f"{where} takes exactly {LEADING[method.verb]} positional arguments, the rest keyword-only")
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise MethodError(f"{where} takes *args or **kwargs; name every option")
