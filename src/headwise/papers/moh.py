@@ -33,7 +33,8 @@ from headwise.units import HeadScores
 PAPER = Paper(
     slug="moh",
     status="partial",
-    api="headwise.route.moh, headwise.route.train_moh, headwise.route.HeadRouter, headwise.score.taylor, headwise.score.output_norm",
+    api="headwise.route.moh, headwise.route.moh_preset, headwise.route.load_official, headwise.route.train_moh, "
+    "headwise.route.HeadRouter, headwise.score.taylor, headwise.score.output_norm",
     claim="A language model converted to run 7 of its 9 heads per token wins back by a short training most of "
     "what it lost, against the dense model trained on the same tokens; it loses less from the start if "
     "its shared heads are chosen by importance; and a model trained with routed heads from scratch equals "
