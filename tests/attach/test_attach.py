@@ -234,6 +234,16 @@ def test_save_and_reload_while_attached(tmp_path, base):
     assert headwise.fingerprint(again) == headwise.fingerprint(model)
 
 
+def test_fingerprint_is_the_same_before_and_after_saving(tmp_path):
+    """transformers fills entries of the config in when a model is saved or first trained; its heads stay what they are."""
+    model = tiny("llama")
+    before = headwise.fingerprint(model)
+    model.save_pretrained(tmp_path)
+    model.config.problem_type = "single_label_classification"
+    assert headwise.fingerprint(model) == before
+    assert headwise.fingerprint(type(model).from_pretrained(tmp_path)) == before
+
+
 def test_fingerprint_is_the_same_attached_or_not():
     model = tiny("gemma3")
     before = headwise.fingerprint(model)

@@ -20,7 +20,11 @@ from headwise.units import Fingerprint
 if TYPE_CHECKING:
     from headwise.attach.controller import Controller
 
-VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
+VOLATILE = (
+    "_name_or_path", "architectures", "dtype", "problem_type", "quantization_config", "torch_dtype", "transformers_version",
+    "use_cache",
+)  # fmt: skip
+"""Entries of a config that saving, loading or a first loss fill in: they say nothing about which head is which."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,28 @@ def output_projection(stack: Stack, layer: int) -> nn.Module:
     )
 
 
+def hidden_width(stack: Stack) -> int:
+    """C, the size of the hidden state that enters the attention: of the configuration, else inputs of the query projection.
+
+    Raises AttachError where neither says it.
+
+    >>> from headwise.attach import find_stack
+    >>> from headwise.hub import load_model
+    >>> hidden_width(find_stack(load_model("tiny-random-llama")[0]))
+    64
+    """
+    stated = getattr(stack.config, "hidden_size", None)
+    if isinstance(stated, int):
+        return stated
+    for name in ("to_q", "q_proj", "qkv", "c_attn"):
+        width = getattr(getattr(stack.modules[0], name, None), "in_features", None)
+        if isinstance(width, int):
+            return width
+    raise AttachError(
+        f"{type(stack.modules[0]).__name__}: neither its configuration nor a query projection says its width"
+    )
+
+
 def head_weights(projection: nn.Module, heads: int) -> Tensor:
     """A view of W_O as (H, D, C): head h adds `out_h @ head_weights[h]` to the layer's output."""
     weight = projection.weight

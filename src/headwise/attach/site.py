@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class LayerRouter(Protocol):
-    """A router's module for one layer: gates (B, N, H) from what the call offers."""
+    """A router's module for one layer: gates (B, N, H) from what the call offers.
+
+    An attribute `fill` (H, D), where it has one that is not None, takes the place of a head's output as far as its gate is
+    below 1.
+    """
 
     needs_hidden: bool
 
@@ -105,11 +109,19 @@ class Site:
             self._open_cache(call)
         out, weights = self._attend(call, apply_query_edits(self.edits, call))
         if self.router is not None:
-            out = out * self.router(call)[..., None].to(out.dtype)
+            out = self._gated(self.router, call, out)
         out = apply_output_edits(self.edits, call, out)
         for observe in self.observers:
             observe(call, out)
         return out, weights
+
+    def _gated(self, router: LayerRouter, call: HeadCall, out: Tensor) -> Tensor:
+        """g·O, or g·O + (1 − g)·F where the router names vectors F (H, D) that stand in for heads that do not run."""
+        gates = router(call)[..., None].to(out.dtype)
+        fill = getattr(router, "fill", None)
+        if fill is None:
+            return out * gates
+        return out * gates + (1 - gates) * fill[self.first_head : self.first_head + out.shape[2]].to(out.dtype)
 
     def _columns(self, q: Tensor, k: Tensor) -> tuple[int, int]:
         """(columns before the first query, column of the first key): a sliding cache lets old columns go, a static one is longer."""

@@ -31,7 +31,8 @@ HELP = {
     "Example: headwise plan duo --scores scores.safetensors --budget 0.5 -o plan.json",
     "convert": "Convert a model so that each token uses some of its heads.\n\n"
     "Example: headwise convert moh --model smollm2 -o adapter/",
-    "train": "Train a router of heads.\n\nExample: headwise train moh --model smollm2 -o adapter/",
+    "train": "Train a router of heads, or a whole routed model from scratch by a recipe.\n\n"
+    "Example: headwise train moh --model smollm2 -o adapter/, or headwise train moh-lm --control -o run/",
     "edit": "Write down what happens to the output of chosen heads.\n\n"
     "Example: headwise edit zero --units L18H6,L18H7 -o edits.json",
 }
@@ -88,7 +89,7 @@ def group(name: str) -> typer.Typer:
 @cache
 def command(method: Method) -> Any:
     """The command of one method: the standard options of its verb, then the method's own."""
-    standard = _MODEL_PLAN if of_a_model(method) else _MODELS if of_models(method) else _STANDARD[method.verb]
+    standard = _standard(method)
     options = [o for o in (Option.of(method, p) for p in method.options.values() if p.name not in _SHARED) if o]
     clash = {p.name for p in standard} & {o.parameter.name for o in options}
     if clash:
@@ -115,6 +116,15 @@ def command(method: Method) -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(method.name, cls=ListCommand)(run)
     return typer.main.get_command(app)
+
+
+def _standard(method: Method) -> list[inspect.Parameter]:
+    """The options that a command has because of its verb and of what the method takes."""
+    if of_a_model(method):
+        return _MODEL_PLAN
+    if of_models(method):
+        return _MODELS
+    return [_output("trained model and its curves (folder)")] if of_nothing(method) else _STANDARD[method.verb]
 
 
 def help_text(method: Method) -> str:
@@ -283,6 +293,11 @@ def of_models(method: Method) -> bool:
     return method.verb == "route" and method.leading[0].name == "models"
 
 
+def of_nothing(method: Method) -> bool:
+    """Is this a recipe, which makes its model itself?"""
+    return method.verb == "train" and not method.leading
+
+
 def _run_budget(
     method: Method, options: dict[str, Any], *, output: Path, json: bool, scores: Path | None = None, **model: Any
 ) -> None:
@@ -320,6 +335,19 @@ def _run_route(method: Method, options: dict[str, Any], *, output: Path, json: b
     common.say(data, json, f"{router}\n{_written(output)}")
 
 
+def _run_train(method: Method, options: dict[str, Any], *, output: Path, json: bool, **model: Any) -> None:
+    """Train a router of a model; or follow a recipe, save what it trained, and draw its curves where plotly is."""
+    if not of_nothing(method):
+        return _run_route(method, options, output=output, json=json, **model)
+    from headwise.report.training import save_page
+
+    trained = method(**options)
+    trained.save_pretrained(output)
+    page = save_page(output)
+    data = {"method": method.name, "folder": output, "page": page, **trained.summary()}
+    common.say(data, json, f"{trained}\n{_written(output)}")
+
+
 def _run_steer(method: Method, options: dict[str, Any], *, output: Path, json: bool, **model: Any) -> None:
     """Make the edits, save them."""
     loaded, tokenizer = common.load(**model)
@@ -337,6 +365,6 @@ _RUN: dict[str, Callable[..., None]] = {
     "score": _run_score,
     "budget": _run_budget,
     "route": _run_route,
-    "train": _run_route,
+    "train": _run_train,
     "steer": _run_steer,
 }

@@ -133,7 +133,9 @@ def demo(
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors that a KV cache holds."""
+    """Bytes of the tensors that a KV cache holds; 0 where generation ran without one (`use_cache` off in the config)."""
+    if cache is None:
+        return 0
     if hasattr(cache, "nbytes"):
         return int(cache.nbytes)
     held = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]

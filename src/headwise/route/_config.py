@@ -80,12 +80,14 @@ class RouterConfig:
     query, no parameters), "fitted" (a linear map of the hidden state to each head's output norm), "static" (the same
     heads for every token). `gate_norm` scales the trained gates, `balance` the load loss, which enters the training
     loss times `beta`. `ste_scope`: which heads of 0/1 gates receive a straight-through gradient. `width`: size of
-    the hidden state, for kinds that read it.
+    the hidden state, for kinds that read it. `fill`: size D of the vectors that stand in for heads that do not run; 0 for
+    none, only for "fitted".
     """
 
     layers: tuple[LayerRoute, ...]
     kind: Kind
     width: int = 0
+    fill: int = 0
     gate_norm: Scaling = "official"
     balance: Scaling = "official"
     ste_scope: Scope = "selected"
@@ -104,6 +106,10 @@ class RouterConfig:
         if finite("beta", self.beta, RouteError) < 0 or finite("eps", self.eps, RouteError) <= 0:
             raise RouteError(f"beta is {self.beta} and eps {self.eps}; beta must be at least 0, eps above 0")
         whole("width", self.width, 1 if self.kind in ("trained", "fitted") else 0, RouteError)
+        if whole("fill", self.fill, 0, RouteError) and self.kind != "fitted":
+            raise RouteError(
+                f"fill is {self.fill} for a {self.kind!r} router; only a fitted one has vectors for absent heads"
+            )
         if self.kind == "static" and any(layer.routed for layer in self.layers):
             raise RouteError("a static router chooses no heads per token: give its heads as shared, with routed=0")
         object.__setattr__(self, "meta", plain_meta(self.meta, RouteError))
@@ -130,7 +136,8 @@ class RouterConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RouterConfig:
         """The inverse of `to_dict`. Raises ArtifactError or RouteError for a missing or wrong entry."""
-        types = {"width": int, "beta": float, "eps": float, "meta": dict} | dict.fromkeys(CHOICES, str)
+        data = {"fill": 0, **data}  # adapters written before there was one
+        types = {"width": int, "fill": int, "beta": float, "eps": float, "meta": dict} | dict.fromkeys(CHOICES, str)
         values: dict[str, Any] = {name: storage.field(data, name, kind) for name, kind in types.items()}
         rows = storage.field(data, "layers", list)
         return cls(layers=tuple(map(_layer, rows)), fingerprint=read_fingerprint(data), **values)

@@ -16,6 +16,7 @@ from headwise.addresses import Fingerprint
 from headwise.checks import finite, whole
 from headwise.errors import RouteError
 from headwise.route._config import LayerRoute
+from headwise.route._presets import MoHPreset
 from headwise.units import HeadScores, HeadSet
 
 Rounding = Literal["half-up", "floor", "ceil"]
@@ -52,6 +53,7 @@ class Choice:
     shared_heads: HeadSet | None = None
     importance: HeadScores | None = None
     scope: StaticScope = "layer"
+    preset: MoHPreset | None = None
 
     def counts(self, model: Fingerprint) -> list[int]:
         """Heads that run in each layer."""
@@ -66,6 +68,8 @@ class Choice:
 
     def routes(self, model: Fingerprint) -> tuple[LayerRoute, ...]:
         """Shared heads and number of chosen ones, per layer."""
+        if self.preset is not None:
+            return self._preset(self.preset, model)
         made = []
         for layer, count in enumerate(self.counts(model)):
             shared = self._shared(model, layer, count)
@@ -73,6 +77,15 @@ class Choice:
                 raise RouteError(f"layer {layer}: {len(shared)} shared heads are more than the {count} that run")
             made.append(LayerRoute(heads=model.heads, shared=shared, routed=count - len(shared)))
         return tuple(made)
+
+    def _preset(self, preset: MoHPreset, model: Fingerprint) -> tuple[LayerRoute, ...]:
+        given = (self.active_heads, self.shared, self.shared_count, self.shared_heads, self.dense_layers or None)
+        if any(value is not None for value in given):
+            raise RouteError(
+                "a preset names the heads that run and those that are shared: leave active_heads, dense_layers, shared, "
+                "shared_count and shared_heads out"
+            )
+        return preset.routes(model.layers, model.heads)
 
     def static(self, model: Fingerprint) -> tuple[LayerRoute, ...]:
         """The control: the best heads by `importance`, as many as would be active, for all tokens alike."""
@@ -132,15 +145,26 @@ class Choice:
 
     def meta(self, routes: Sequence[LayerRoute]) -> dict[str, Any]:
         """What was asked for and what came out, for the adapter."""
-        kept, heads = sum(route.active for route in routes), sum(route.heads for route in routes)
-        same = len({route.active for route in routes}) == 1
-        text = f"{routes[0].active} of {routes[0].heads}" if same else f"{kept} of {heads} over {len(routes)} layers"
-        found: dict[str, Any] = {"asked": float(self.active), "kept": f"{text} ({kept / heads:.3f})"}
+        found: dict[str, Any] = {"asked": float(self.active), "kept": kept_text(routes)}
         if self.active_heads is not None:
             found["asked"] = "active_heads"
+        if self.preset is not None:
+            found["asked"], found["preset"] = self.preset.nominal, self.preset.name
         if self.importance is not None:
             found["importance"] = self.importance.method
         return found
+
+
+def kept_text(routes: Sequence[LayerRoute]) -> str:
+    """How many heads run, in words.
+
+    >>> kept_text([LayerRoute(heads=4, shared=(0,), routed=2)] * 3)
+    '3 of 4 (0.750)'
+    """
+    kept, heads = sum(route.active for route in routes), sum(route.heads for route in routes)
+    same = len({route.active for route in routes}) == 1
+    text = f"{routes[0].active} of {routes[0].heads}" if same else f"{kept} of {heads} over {len(routes)} layers"
+    return f"{text} ({kept / heads:.3f})"
 
 
 def _best(scores: torch.Tensor, count: int) -> tuple[int, ...]:

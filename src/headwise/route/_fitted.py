@@ -1,9 +1,12 @@
-"""Fit a router in closed form: from the hidden state that enters the attention to the norm of what each head adds.
+"""Fit a router in closed form: from the hidden state that enters the attention to what it costs to leave a head out.
 
 Keeping, per token, the heads of largest |W_O^h o_h| costs a language model almost nothing, but needs all heads computed
-first. A ridge regression per layer, norm_h ~ W x + b, predicts the ranking before any head has run.
+first. A ridge regression per layer, size_h ~ W x + b, predicts the ranking before any head has run. What is missing
+without a head is d = W_O^h (o_h − f_h), f the mean output of the head where it stands in for an absent one, else 0; its
+size is |d| ("norm"), or sqrt(d^T M d) with the covariance M of the loss's gradients at the layer's output
+("importance"): the root mean square of the first-order loss change g^T d.
 
-Letters: B batch, N tokens, C width of the hidden state, H query heads.
+Letters: L layers, B batch, N tokens, C width of the hidden state, H query heads, D head dim.
 """
 
 from __future__ import annotations
@@ -50,22 +53,49 @@ class Normal:
         return W[:-1].t(), W[-1], r2
 
 
+class Means:
+    """Observer: mean output of each head over real tokens; `table` (L, H, D), float32."""
+
+    def __init__(self, stack: Stack):
+        self.sums: list[Tensor | None] = [None] * stack.layers
+        self.tokens = [0] * stack.layers
+
+    def __call__(self, call: HeadCall, out: Tensor) -> None:
+        real = call.real_tokens()
+        wide = out.detach().float()
+        rows = wide.flatten(0, 1) if real is None else wide[real]  # (T, H, D)
+        before = self.sums[call.layer]
+        self.sums[call.layer] = rows.double().sum(0).cpu() + (0 if before is None else before)
+        self.tokens[call.layer] += len(rows)
+
+    @property
+    def table(self) -> Tensor:
+        """See the class."""
+        return torch.stack(
+            [s / max(n, 1) for s, n in zip(self.sums, self.tokens, strict=True) if s is not None]
+        ).float()
+
+
 class _Watch:
-    """Observer: hidden states and norms of the heads' contributions, layer by layer."""
+    """Observer: hidden states and sizes of what would be missing without a head, layer by layer."""
 
     needs_hidden = True
 
-    def __init__(self, stack: Stack, width: int):
+    def __init__(self, stack: Stack, width: int, metric: Tensor | None = None, fill: Tensor | None = None):
         self.normals: list[Normal] = []
         self.grams: list[Tensor] = []
+        self.fill = fill
         for layer in range(stack.layers):
             W = head_weights(output_projection(stack, layer), stack.heads).detach().float()  # (H, D, C)
-            self.grams.append(W @ W.transpose(1, 2))
+            wide = W if metric is None else W @ metric[layer].to(W.device)
+            self.grams.append(wide @ W.transpose(1, 2))
             self.normals.append(Normal(width, stack.heads, W.device))
 
     def __call__(self, call: HeadCall, out: Tensor) -> None:
         assert call.hidden is not None
         wide = out.detach().float()
+        if self.fill is not None:
+            wide = wide - self.fill[call.layer].to(wide.device)
         norms = torch.einsum("bnhd,hde,bnhe->bnh", wide, self.grams[call.layer], wide).clamp(min=0).sqrt()
         real = call.real_tokens()
         x, y = call.hidden.detach().float(), norms
@@ -79,42 +109,55 @@ def fit(
     model: Any,
     rows: Tensor,
     *,
+    metric: Tensor | None = None,
+    fill: Tensor | None = None,
     ridge: float = 1e-3,
     stack: str | None = None,
     progress: bool = False,
 ) -> list[float]:
     """Fit the linear maps of a "fitted" router on token rows (n, N); gives R^2 per layer on the text of the fit.
 
-    Raises RouteError if there are fewer tokens than unknowns.
+    `metric` (L, C, C): M of each layer, None for the identity. `fill` (L, H, D): what an absent head gives; the router
+    takes it over. Raises RouteError if there are fewer tokens than unknowns.
     """
     width = router.config.width
     if rows.numel() <= width:
         raise RouteError(
             f"{rows.numel()} tokens cannot fit {width + 1} unknowns a head: give fit_tokens of at least {4 * width}"
         )
-    watch = _Watch(find_stack(model, stack), width)
-    training = model.training
-    model.eval()
-    try:
-        with attach(model, observers=[watch], stack=stack):
-            for row in _track(rows, progress):
-                model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        model.train(training)
+    watch = _Watch(find_stack(model, stack), width, metric, fill)
+    read(model, rows, watch, stack=stack, progress=progress)
     found = []
-    for layer, normal in zip(router.layers, watch.normals, strict=True):
+    for index, (layer, normal) in enumerate(zip(router.layers, watch.normals, strict=True)):
         W, b, r2 = normal.solve(ridge)
         found.append(r2)
         pool: Tensor = layer.pool.to(W.device)  # type: ignore[assignment]
         if isinstance(layer.W, nn.Parameter):
             layer.W.copy_(W[pool])
             layer.b.copy_(b[pool])  # type: ignore[operator]
+        if fill is not None:
+            layer.fill.copy_(fill[index])  # type: ignore[operator]
     return found
 
 
-def _track(rows: Tensor, progress: bool) -> Any:
+@torch.no_grad()
+def read(
+    model: Any, rows: Tensor, observer: Any, *, stack: str | None = None, progress: bool = False, what: str = "fitting"
+) -> None:
+    """Run the model on token rows (n, N), one after the other, with an observer attached; the model is left as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with attach(model, observers=[observer], stack=stack):
+            for row in _track(rows, progress, what):
+                model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        model.train(training)
+
+
+def _track(rows: Tensor, progress: bool, what: str) -> Any:
     if not progress:
         return rows
     from rich.progress import track
 
-    return track(list(rows), description="fitting the router")
+    return track(list(rows), description=f"{what} the router")

@@ -159,9 +159,13 @@ class NormLayer(BinaryLayer):
 
 
 class FittedLayer(BinaryLayer):
-    """The score of a head is a linear map of the hidden state, fitted to what the head contributes; trainable."""
+    """The score of a head is a linear map of the hidden state, fitted to what the head contributes; trainable.
+
+    With `fill` in the configuration, a head that does not run gives its mean output on the text of the fit, not 0.
+    """
 
     needs_hidden = True
+    fill: Tensor | None
 
     def __init__(
         self, config: RouterConfig, layer: int, collector: Collector, generator: torch.Generator | None = None
@@ -170,11 +174,16 @@ class FittedLayer(BinaryLayer):
         E = len(self.route.pool)
         self.W = _projection(E, config.width, generator)
         self.b = nn.Parameter(torch.zeros(E)) if E else None
+        self.register_buffer("fill", torch.zeros(self.route.heads, config.fill) if config.fill else None)
 
     def scores(self, call: HeadCall) -> Tensor:
         """See the class."""
         assert call.hidden is not None
-        x = _wide(call.hidden)
+        return self.rank(call.hidden)
+
+    def rank(self, hidden: Tensor) -> Tensor:
+        """Scores (B, N, E) for hidden states (B, N, C)."""
+        x = _wide(hidden)
         if self.W is None or self.b is None:
             return x.new_zeros(*x.shape[:2], 0)
         return F.linear(x, self.W.to(x.dtype), self.b.to(x.dtype))

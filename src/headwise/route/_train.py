@@ -1,9 +1,11 @@
-"""A short training run of a causal language model through transformers' Trainer, with whatever is attached to it."""
+"""A short training run of a transformers model through transformers' Trainer, with whatever is attached to it."""
 
 from __future__ import annotations
 
+import json
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,25 @@ class Recipe:
     checkpointing: bool = False
     folder: str | None = None
     save_every: int = 0
+    eval_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate"):
             whole(name, getattr(self, name), 1, RouteError)
-        whole("save_every", self.save_every, 0, RouteError)
+        for name in ("save_every", "eval_every"):
+            whole(name, getattr(self, name), 0, RouteError)
         if finite("learning_rate", self.learning_rate, RouteError) <= 0:
             raise RouteError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if self.save_every and self.folder is None:
             raise RouteError("save_every needs folder=, where the checkpoints go")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of a run: of training at every step, auxiliary losses included, and on held-out rows by step, without them."""
+
+    losses: list[float]
+    held_out: dict[int, float] = field(default_factory=dict)
 
 
 def train_lm(model: Any, rows: Tensor, recipe: Recipe, *, resume: bool = False, progress: bool = False) -> list[float]:
@@ -45,17 +57,47 @@ def train_lm(model: Any, rows: Tensor, recipe: Recipe, *, resume: bool = False, 
 
     `resume` continues from the newest checkpoint in `recipe.folder`. The model ends in eval mode, as it came.
     """
+    return train(model, token_rows(rows), recipe, resume=resume, progress=progress).losses
+
+
+def token_rows(rows: Tensor) -> list[dict[str, Tensor]]:
+    """Token rows (n, N) as Trainer wants them, to be predicted from themselves."""
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def train(
+    model: Any,
+    dataset: Sequence[Mapping[str, Tensor]],
+    recipe: Recipe,
+    *,
+    held_out: Sequence[Mapping[str, Tensor]] | None = None,
+    after_step: Callable[[], Any] | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    title: str = "training",
+) -> Curve:
+    """Train any model whose forward takes the dataset's keys and gives a loss, in place.
+
+    `held_out` is measured every `recipe.eval_every` steps. `after_step` is called after each optimizer step and before
+    the checkpoint, for state that no gradient moves. `resume` and the end: as in `train_lm`.
+    """
+    cached = getattr(model.config, "use_cache", None)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = _trainer(model, rows, recipe, recipe.folder or scratch, progress)
+        trainer = _trainer(model, dataset, held_out, recipe, recipe.folder or scratch)
+        trainer.add_callback(_callback(after_step, title if progress else None))
         if recipe.checkpointing:
             checkpoint_activations(model)
         try:
             trainer.train(resume_from_checkpoint=_newest(recipe) if resume else None)
         finally:
             model.eval()
+            if cached is not None:
+                model.config.use_cache = cached  # Trainer turns it off for good
             if recipe.checkpointing:
                 stop_checkpointing(model)
-    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    log = trainer.state.log_history
+    held = {int(entry["step"]): float(entry["eval_loss"]) for entry in log if "eval_loss" in entry}
+    return Curve([float(entry["loss"]) for entry in log if "loss" in entry], held)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -72,13 +114,14 @@ def stop_checkpointing(model: Any) -> None:
     getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
 
 
-def _trainer(model: Any, rows: Tensor, recipe: Recipe, folder: str, progress: bool) -> Any:
+def _trainer(model: Any, dataset: Any, held_out: Any, recipe: Recipe, folder: str) -> Any:
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
@@ -90,22 +133,69 @@ def _trainer(model: Any, rows: Tensor, recipe: Recipe, folder: str, progress: bo
         use_cpu=model.device.type == "cpu",  # the model stays where its owner put it
         logging_steps=1,
         report_to=[],
-        disable_tqdm=not progress,
+        disable_tqdm=True,
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or 1,
+        eval_strategy="steps" if held_out is not None and recipe.eval_every else "no",
+        eval_steps=recipe.eval_every or None,
+        prediction_loss_only=True,
         bf16=model.device.type == "cuda",
         dataloader_pin_memory=model.device.type == "cuda",
     )
-    dataset = [{"input_ids": row, "labels": row} for row in rows]
-    trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, eval_dataset=held_out)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _newest(recipe: Recipe) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
+def _callback(after_step: Callable[[], Any] | None, title: str | None) -> Any:
+    """What Trainer calls at each step: the state that no gradient moves, and, with a title, a progress bar with the loss."""
+    from rich.progress import Progress
+    from transformers import TrainerCallback
 
-    found = get_last_checkpoint(recipe.folder) if recipe.folder and Path(recipe.folder).is_dir() else None
+    class Steps(TrainerCallback):
+        bar: Progress | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if title is not None and state.is_world_process_zero:
+                self.bar = Progress(transient=True)
+                self.task = self.bar.add_task(title, total=state.max_steps, completed=state.global_step)
+                self.bar.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if after_step is not None:
+                after_step()
+            if self.bar is not None:
+                self.bar.update(self.task, completed=state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if self.bar is not None and "loss" in (logs or {}):
+                self.bar.update(self.task, description=f"{title}: loss {float(logs['loss']):.3f}")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.bar is not None:
+                self.bar.stop()
+
+    return Steps()
+
+
+def whole_checkpoint(folder: str | Path | None) -> str | None:
+    """The newest checkpoint in a folder that was written to its end, None without one.
+
+    Trainer writes the state last: a process that died while saving leaves a folder without it, or with half of it.
+    """
+    found = Path(folder).glob("checkpoint-*") if folder and Path(folder).is_dir() else ()
+    numbered = {int(path.name[11:]): path for path in found if path.name[11:].isdecimal()}
+    for _, path in sorted(numbered.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
+
+
+def _newest(recipe: Recipe) -> str:
+    found = whole_checkpoint(recipe.folder)
     if found is None:
         raise RouteError(
             f"resume=True, but {recipe.folder!r} holds no checkpoint; train with folder= and save_every= first"

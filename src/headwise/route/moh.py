@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from headwise.attach import find_stack, fingerprint
+from headwise.attach.projection import hidden_width
+from headwise.errors import RouteError
 from headwise.registry import register
 from headwise.route._config import Kind, RouterConfig
 from headwise.route._convert import Choice
-from headwise.route._fitted import fit
+from headwise.route._fit_steps import FitRecipe, fit_router
+from headwise.route._presets import MoHPreset, moh_preset
 from headwise.route._router import HeadRouter
-from headwise.tasks.calibration import calibration_rows
 from headwise.units import HeadScores, HeadSet
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def moh(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     active: float = 0.75,
-    router: Literal["norm", "fitted", "trained", "static"] = "norm",
+    router: Literal["norm", "fitted", "trained", "static"] | None = None,
     shared: Literal["first", "importance", "none"] | None = None,
     shared_count: int | None = None,
     shared_heads: HeadSet | None = None,
@@ -35,11 +36,16 @@ def moh(
     rounding: Literal["half-up", "floor", "ceil"] = "half-up",
     dense_layers: int = 0,
     active_heads: Sequence[int] | None = None,
+    preset: str | MoHPreset | None = None,
     scope: Literal["layer", "global"] = "layer",
     gate_norm: Literal["official", "paper"] = "official",
     ste_scope: Literal["selected", "all", "none"] = "selected",
     beta: float = 0.01,
     fit_tokens: int = 20480,
+    fit_text: Literal["english", "mixed"] = "english",
+    target: Literal["norm", "importance"] = "norm",
+    absent: Literal["zero", "mean"] = "zero",
+    allocate: Literal["uniform", "sensitivity"] = "uniform",
     stack: str | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -52,6 +58,7 @@ def moh(
     active: share of the heads that run for each token; `str(router)` and its meta say how many that really are.
     router: norm (norm of the query, no parameters: the paper's conversion), fitted (ridge regression to each head's output
       norm; best without training), trained (the paper's router, random before training), static (the same heads for all tokens).
+      Default: the preset's kind, else norm.
     shared: which heads always run: first, importance (the best by importance) or none. Default: importance if given, else
       first; none for the fitted router.
     shared_count: how many; by default half of the heads.
@@ -59,11 +66,17 @@ def moh(
     importance: scores of the heads, e.g. of `headwise score taylor`.
     rounding: of active times heads.
     dense_layers: so many layers at the bottom keep all heads; most of the damage is done there.
+    preset: a published configuration by name, such as dit-b/2-75, or a `MoHPreset`, instead of a share: its shared and
+      chosen heads, layer by layer. The model must have its layers and heads; `MoHPreset.scaled` fits one to others.
     scope: whether a static router ranks heads within each layer or over the whole model.
     gate_norm: scale of trained gates: official (mean 1) or paper (sum at most 1).
     ste_scope: heads whose 0/1 gates receive a straight-through gradient.
     beta: weight of the load-balance loss in training.
-    fit_tokens: tokens of packaged English that a fitted router reads.
+    fit_tokens: tokens of packaged text that a fitted router reads.
+    fit_text: english, or mixed: English and source code in turn.
+    target: what a fitted router predicts of a head: norm of its output, or importance, the size of the first-order loss change.
+    absent: what a head gives that does not run, with a fitted router: zero, or its mean output on the text of the fit.
+    allocate: heads per layer of a fitted router: uniform, or sensitivity, by what leaving them out costs in each layer.
     `active_heads`: number of heads that run in each layer, instead of one share for all.
 
     Raises RouteError for counts that do not add up, WrongModelError for scores of another model.
@@ -77,7 +90,9 @@ def moh(
     >>> with attach(model, router=router):
     ...     _ = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2, do_sample=False)
     """
-    if router == "fitted" and shared is None and shared_heads is None and shared_count is None:
+    chosen = moh_preset(preset) if isinstance(preset, str) else preset
+    kind: Kind = router or (chosen.kind if chosen else "norm")
+    if kind == "fitted" and not chosen and shared is None and shared_heads is None and shared_count is None:
         shared = "none"
     choice = Choice(
         active=active,
@@ -89,18 +104,25 @@ def moh(
         shared_heads=shared_heads,
         importance=importance,
         scope=scope,
+        preset=chosen,
     )
-    made = _router(model, choice, router, stack, seed, gate_norm=gate_norm, ste_scope=ste_scope, beta=beta)
-    if router == "fitted":
-        window = min(512, fit_tokens)
-        rows = calibration_rows(model, tokenizer, text=None, tokens=fit_tokens, window=window, seed=seed)
-        r2 = fit(made, model, rows, stack=stack, progress=progress)
-        found: dict[str, Any] = {
-            "fit_tokens": rows.numel(),
-            "r2_lowest": min(r2),
-            "r2_median": sorted(r2)[len(r2) // 2],
-        }
-        made.config = replace(made.config, meta={**made.config.meta, **found})
+    made = _router(model, choice, kind, stack, seed, gate_norm=gate_norm, ste_scope=ste_scope, beta=beta)
+    if kind == "fitted":
+        recipe = FitRecipe(
+            tokens=fit_tokens,
+            text=fit_text,
+            target=target,
+            absent=absent,
+            allocate=allocate,
+            stack=stack,
+            seed=seed,
+            progress=progress,
+        )
+        if allocate == "sensitivity" and (active_heads is not None or dense_layers or chosen):
+            raise RouteError(
+                "allocate='sensitivity' sets the heads of each layer: leave active_heads, dense_layers and preset out"
+            )
+        return fit_router(made, model, tokenizer, recipe)
     return made
 
 
@@ -108,7 +130,7 @@ def _router(model: Any, choice: Choice, kind: Kind, stack: str | None, seed: int
     """An unfitted router for a model."""
     print_ = fingerprint(model, stack)
     routes = choice.static(print_) if kind == "static" else choice.routes(print_)
-    width = int(find_stack(model, stack).config.hidden_size) if kind in ("trained", "fitted") else 0  # type: ignore[attr-defined]
+    width = hidden_width(find_stack(model, stack)) if kind in ("trained", "fitted") else 0
     meta = choice.meta(routes)
     config = RouterConfig(layers=routes, kind=kind, width=width, fingerprint=print_, meta=meta, **options)
     return HeadRouter(config, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,137 @@
+"""Deal out heads to layers by what it costs to leave them out, layer by layer, in the same unit.
+
+The cost of a layer without its k least wanted heads, to second order in what is missing from the layer's output, is
+c(k) = mean over tokens of d^T M d, with d = sum over these heads of W_O^h (o_h − f_h) (f: what stands in for an absent head) and
+M = mean over tokens of g g^T, g the gradient of a token's loss with respect to the layer's output. M is the empirical Fisher matrix
+of the layer's output: costs are in squared nats, so that layers compare, whatever the norms of their hidden states.
+
+Letters: L layers, H query heads, B batch, N tokens, D head dim, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from headwise.attach import HeadCall, Stack
+from headwise.attach.projection import head_weights, output_projection
+from headwise.errors import RouteError
+
+
+def gradient_covariance(model: Any, stack: Stack, rows: Tensor) -> Tensor:
+    """M (L, C, C), float32: mean over the tokens of rows (n, N) of g g^T at each layer's attention output.
+
+    Gradients are of the summed next-token loss. No weight gets a gradient; the model is left as it was.
+    """
+    sums: list[Tensor] = []
+    seen: dict[int, Tensor] = {}
+    for layer in range(stack.layers):
+        C = head_weights(output_projection(stack, layer), stack.heads).shape[-1]
+        sums.append(torch.zeros(C, C, device=next(stack.modules[layer].parameters()).device))
+    with _outputs(model, stack, seen), torch.enable_grad():
+        for row in rows:
+            seen.clear()
+            ids = row[None].to(model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            loss = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
+            layers = sorted(seen)
+            for layer, grad in zip(layers, torch.autograd.grad(loss, [seen[i] for i in layers]), strict=True):
+                g = grad.float().reshape(-1, grad.shape[-1])
+                sums[layer] += g.t() @ g
+    return torch.stack([total.cpu() for total in sums]) / rows.numel()
+
+
+@contextmanager
+def _outputs(model: Any, stack: Stack, seen: dict[int, Tensor]) -> Iterator[None]:
+    """Inside, `seen` holds the output of each layer's output projection, part of the graph though no weight is."""
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            seen[layer] = out if out.requires_grad else out.detach().requires_grad_()
+            return seen[layer]
+
+        return hook
+
+    training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
+    handles = [output_projection(stack, i).register_forward_hook(keep(i)) for i in range(stack.layers)]
+    model.eval()
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p in wanted:
+            p.requires_grad_(True)
+        model.train(training)
+
+
+class Costs:
+    """Observer: c(k) of each layer when the k heads of lowest score are left out, k = 0 … H; `table` (L, H + 1).
+
+    `scores` gives the scores (B, N, H) of a layer for hidden states, `metric` is M, `fill` (L, H, D) what an absent head gives.
+    """
+
+    needs_hidden = True
+
+    def __init__(self, stack: Stack, scores: Sequence[Any], metric: Tensor, fill: Tensor | None):
+        self.stack, self.scores, self.metric, self.fill = stack, scores, metric, fill
+        self.sums = torch.zeros(stack.layers, stack.heads + 1, dtype=torch.float64)
+        self.tokens = torch.zeros(stack.layers, dtype=torch.float64)
+
+    def __call__(self, call: HeadCall, out: Tensor) -> None:
+        assert call.hidden is not None
+        layer = call.layer
+        W = head_weights(output_projection(self.stack, layer), self.stack.heads).detach().float()
+        missing = out.detach().float() - (0 if self.fill is None else self.fill[layer].to(out.device))
+        order = self.scores[layer](call.hidden.detach().float()).argsort(dim=-1)  # least wanted first
+        each = torch.einsum("bnhd,hdc->bnhc", missing, W)
+        total = each.gather(2, order[..., None].expand_as(each)).cumsum(2)  # (B, N, H, C)
+        cost = torch.einsum("bnkc,cf,bnkf->bnk", total, self.metric[layer].to(out.device), total)
+        real = call.real_tokens()
+        cost = cost.flatten(0, 1) if real is None else cost[real]
+        self.sums[layer, 1:] += cost.double().sum(0).cpu()
+        self.tokens[layer] += len(cost)
+
+    @property
+    def table(self) -> Tensor:
+        """Mean costs (L, H + 1) in squared nats."""
+        return self.sums / self.tokens.clamp(min=1)[:, None]
+
+
+def allocate(costs: Tensor, total: int) -> list[int]:
+    """Heads that run in each layer, `total` in all and at least one each, at the least sum of costs (L, H + 1); exact.
+
+    `costs[l, k]` is the cost of layer l without k heads. Raises RouteError for a total that cannot be dealt out.
+
+    >>> allocate(torch.tensor([[0.0, 1, 5, 9], [0.0, 2, 4, 9]]), 4)
+    [2, 2]
+    >>> allocate(torch.tensor([[0.0, 4, 9, 9], [0.0, 1, 2, 9]]), 4)
+    [3, 1]
+    """
+    L, H = costs.shape[0], costs.shape[1] - 1
+    drop = L * H - total
+    if not 0 <= drop <= L * (H - 1):
+        raise RouteError(f"{total} heads cannot be dealt out to {L} layers of {H}, at least one each")
+    best = torch.full((drop + 1,), torch.inf, dtype=torch.float64)
+    best[0] = 0.0
+    choices = []
+    for row in costs.double():
+        # reached[k, s]: the cost of leaving out s heads so far, k of them here
+        reached = torch.full((H, drop + 1), torch.inf, dtype=torch.float64)
+        for k in range(min(H, drop + 1)):
+            reached[k, k:] = best[: drop + 1 - k] + row[k]
+        best, choice = reached.min(dim=0)
+        choices.append(choice)
+    counts: list[int] = []
+    for choice in reversed(choices):
+        k = int(choice[drop])
+        counts.append(H - k)
+        drop -= k
+    return counts[::-1]
