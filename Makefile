@@ -55,8 +55,9 @@ format: $(READY)  ## let ruff rewrite what it can
 papers: $(READY)  ## write the table of the 33 systems into README.md and docs/papers.md
 	@$(OFFLINE) $(BIN)/python tools/papers_table.py --write
 
-bench: $(READY)  ## every script in benchmarks/, one after the other
-	@for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(OFFLINE) $(BIN)/python $$script || exit 1; done
+bench: $(READY)  ## the kernels against this machine's fastest dense kernel, and what attaching costs
+	@for case in attention spans blocks decode; do $(BIN)/headwise bench $$case --out $(OUT)/bench || exit 1; done
+	@$(OFFLINE) $(BIN)/python benchmarks/foundation.py
 
 clean:  ## the environment, the caches and the report; the converted model in the user's cache stays
 	rm -rf $(VENV) build dist report .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -306,9 +306,8 @@ class WindowStore(Store):
         if left is None or self.positions is None or self.k is None or self.v is None:
             return
         ends = left.lengths()
-        if any(
-            self.pattern.kept(n + count) < n + count for n in ends
-        ):  # assisted generation asks even when it took all
+        dropped = any(self.pattern.kept(n + count) < n + count for n in ends)
+        if dropped:  # assisted generation asks even when it took every draft
             self.must_take_back()
         lost = count > 0 and any(self._was_evicted(n + count, n) for n in ends)
         if lost and not self._holds_all(left):
