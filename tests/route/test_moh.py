@@ -195,6 +195,16 @@ def test_a_fitted_router_predicts_norms_better_than_their_mean(tmp_path):
 # a real model
 
 
+def test_a_model_that_reads_text_is_fitted_unless_the_papers_choice_is_asked_for(llama):
+    model, tokenizer = load_model("tiny-random-llama")
+    assert moh(model, tokenizer, fit_tokens=512).config.kind == "fitted"
+    assert moh(model, tokenizer, router="norm").config.kind == "norm"
+    assert moh(model, tokenizer, shared="first").config.kind == "norm"
+    assert moh(model, None).config.kind == "norm"
+    bert, words = load_model("tiny-random-bert")
+    assert moh(bert, words or tokenizer).config.kind == "norm"
+
+
 @pytest.mark.smollm2
 @pytest.mark.slow
 def test_shared_heads_by_taylor_score_make_conversion_far_better():
@@ -202,7 +212,7 @@ def test_shared_heads_by_taylor_score_make_conversion_far_better():
     ids = headwise.tasks.texts.encode(tokenizer, headwise.tasks.english("eval")[:6000])
     taylor = headwise.score.taylor(model, tokenizer, tokens=256, window=256)
     found = {}
-    for name, options in {"first": {}, "taylor": {"importance": taylor}}.items():
+    for name, options in {"first": {"shared": "first"}, "taylor": {"importance": taylor}}.items():
         with attach(model, router=moh(model, tokenizer, active=0.75, **options)):
             found[name] = headwise.tasks.perplexity(model, ids, window=256, tokens=512)
     assert found["taylor"] < 0.6 * found["first"]

@@ -58,7 +58,8 @@ def moh(
     active: share of the heads that run for each token; `str(router)` and its meta say how many that really are.
     router: norm (norm of the query, no parameters: the paper's conversion), fitted (ridge regression to each head's output
       norm; best without training), trained (the paper's router, random before training), static (the same heads for all tokens).
-      Default: the preset's kind, else norm.
+      Default: the preset's kind; fitted for a causal model with a tokenizer, where nothing is said of shared heads or
+      importance; else norm.
     shared: which heads always run: first, importance (the best by importance) or none. Default: importance if given, else
       first; none for the fitted router.
     shared_count: how many; by default half of the heads.
@@ -84,14 +85,16 @@ def moh(
     >>> from headwise.attach import attach
     >>> from headwise.hub import load_model
     >>> model, tokenizer = load_model("tiny-random-llama")
-    >>> router = moh(model, tokenizer, active=0.75)
+    >>> router = moh(model, tokenizer, active=0.75, router="norm")
     >>> print(router, "|", router.config.meta["kept"])
     norm head router: kept 3 of 4 (0.750) in 3 layers, 2 of them shared | 3 of 4 (0.750)
     >>> with attach(model, router=router):
     ...     _ = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=2, do_sample=False)
     """
     chosen = moh_preset(preset) if isinstance(preset, str) else preset
-    kind: Kind = router or (chosen.kind if chosen else "norm")
+    told = any(given is not None for given in (shared, shared_count, shared_heads, importance))
+    fits = tokenizer is not None and not told and find_stack(model, stack).causal
+    kind: Kind = router or (chosen.kind if chosen else "fitted" if fits else "norm")
     if kind == "fitted" and not chosen and shared is None and shared_heads is None and shared_count is None:
         shared = "none"
     choice = Choice(
