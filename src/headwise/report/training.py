@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headwise import registry
 from headwise.report import figures
 from headwise.report.figures import COLOURS, PALETTE, Line
 from headwise.report.page import Card, Section, Table, render
@@ -43,11 +44,27 @@ def training_page(run: Mapping[str, Any]) -> str:
         ],
         figures=[curves_figure(run["curves"])],
         table=Table(["arm", *columns], rows),
-        command=f"headwise train {run['name']} --seed {run['settings'].get('seed', 0)} -o run/",
+        command=repeat(run["name"], run["settings"]),
     )
     facts = [(name, str(value)) for name, value in run["settings"].items()]
     lead = f"Recipe {run['name']}: {', '.join(measured)}; {run['seconds']} seconds."
     return render(f"Training: {run['name']}", lead, cards=cards, sections=[section], facts=facts)
+
+
+def repeat(name: str, settings: Mapping[str, Any]) -> str:
+    """The command that trains this again: the recipe's options whose values are not the default.
+
+    >>> repeat("moh-lm", {"active": 0.5, "beta": 0.01, "control": True, "steps": 40, "seed": 0})
+    'headwise train moh-lm --active 0.5 --control --steps 40 -o run/'
+    """
+    flags = []
+    for option in registry.get("train", name).options.values():
+        value = settings.get(option.name, option.default)
+        flag = option.name.replace("_", "-")
+        if value == option.default or value is None:
+            continue
+        flags.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+    return " ".join(["headwise train", name, *flags, "-o run/"])
 
 
 def curves_figure(curves: Mapping[str, Any]) -> Any:

@@ -249,9 +249,9 @@ def size_of(size: str, sizes: Mapping[str, Any], steps: int | None) -> Any:
     return sizes[size] if steps is None else replace(sizes[size], steps=steps)
 
 
-def settings_of(size: Any, **more: Any) -> dict[str, Any]:
-    """All that decides a run's numbers, as plain values."""
-    return {**asdict(size), **more}
+def settings_of(chosen: Any, /, **more: Any) -> dict[str, Any]:
+    """All that decides a run's numbers, as plain values: the entries of the size, and the options."""
+    return {**asdict(chosen), **more}
 
 
 def _tail(losses: Sequence[float]) -> float:

@@ -59,7 +59,7 @@ def train_bam(
     job = Job(
         name="bam",
         recipe=chosen.recipe(seed),
-        settings=settings_of(chosen, **options, control=control, seed=seed),
+        settings=settings_of(chosen, size=size, **options, control=control, seed=seed),
         folder=folder,
         save_every=save_every,
         resume=resume,

@@ -58,7 +58,7 @@ def train_moh_lm(
     """
     chosen: TextSize = size_of(size, SIZES, steps)
     options = {"active": active, "shared_count": shared_count, "beta": beta, "gate_norm": gate_norm}
-    settings = settings_of(chosen, **options, data=text_name(data, text), control=control, seed=seed)
+    settings = settings_of(chosen, size=size, **options, data=text_name(data, text), control=control, seed=seed)
     job = Job(
         name="moh-lm",
         recipe=chosen.recipe(seed),

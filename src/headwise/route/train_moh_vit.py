@@ -62,7 +62,7 @@ def train_moh_vit(
     job = Job(
         name="moh-vit",
         recipe=chosen.recipe(seed),
-        settings=settings_of(chosen, **options, data=data, control=control, seed=seed),
+        settings=settings_of(chosen, size=size, **options, data=data, control=control, seed=seed),
         folder=folder,
         save_every=save_every,
         resume=resume,

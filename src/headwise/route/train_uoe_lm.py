@@ -56,7 +56,7 @@ def train_uoe_lm(
     job = Job(
         name="uoe-lm",
         recipe=chosen.recipe(seed),
-        settings=settings_of(chosen, **options, data=text_name(data, text), control=control, seed=seed),
+        settings=settings_of(chosen, size=size, **options, data=text_name(data, text), control=control, seed=seed),
         folder=folder,
         save_every=save_every,
         resume=resume,
