@@ -362,3 +362,39 @@ def test_beyond_the_context_of_the_model():
     with headwise.attach(model, plan=plan), torch.no_grad(), pytest.raises(IndexError):
         model(tokens(1, 4097))
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("lengths", [(30, 30), (30, 17)])
+def test_chunks_need_no_mask_where_it_says_nothing(lengths, monkeypatch):
+    """A chunk behind its past reads by causality and the rows' starts: the model's own mask is dropped when it says just that."""
+    model, seen = tiny(), []
+    plan = HeadPlan.full(3, 2)
+    library = headwise.attention.sdpa.attend
+    monkeypatch.setattr(
+        headwise.attention.sdpa,
+        "attend",
+        lambda q, g, queries, *a, **o: seen.append(queries.mask) or library(q, g, queries, *a, **o),
+    )
+    batch = padded(lengths)
+    with torch.no_grad():
+        want = model(**batch).logits
+        for hide in (False, True):
+            mask, cache = batch["attention_mask"].clone(), HeadwiseCache(plan)
+            mask[1, 25] = 0 if hide else 1
+            seen.clear()
+            with headwise.attach(model, plan=plan):
+                parts = [
+                    model(
+                        batch["input_ids"][:, a:b],
+                        attention_mask=mask[:, :b],
+                        position_ids=batch["position_ids"][:, a:b],
+                        past_key_values=cache,
+                    )
+                    for a, b in ((0, 22), (22, 30))
+                ]
+            assert all((m is not None) == hide for m in seen[-3:])
+            if not hide:
+                real = batch["attention_mask"].bool()
+                torch.testing.assert_close(
+                    torch.cat([p.logits for p in parts], 1)[real], want[real], rtol=1e-4, atol=1e-4
+                )

@@ -85,6 +85,7 @@ def allocated(cache):
         elif hasattr(item, "__dict__") and type(item).__module__ in (
             "headwise.cache",
             "headwise.stores",
+            "headwise.window_store",
             "headwise.selected_store",
         ):
             todo += [

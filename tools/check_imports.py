@@ -16,9 +16,10 @@ VERBS = ("route", "score", "budget", "steer", "scale")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "callable_module"),
     ("checks", "registry", "storage", "addresses", "units", "patterns", "plan", "selection", "edits", "expert_edits"),
-    ("attention", "keyscores", "stores", "selected_store", "cache", "attach", "hub", "models", "tasks"),
+    ("attention", "keyscores", "stores", "window_store", "selected_store", "steps", "cache", "attach", "hub", "models", "tasks"),
     VERBS,
     ("papers", "report", "bench", ""),  # "" is the package itself: `import headwise`, the public face
+    ("view",),
     ("cli", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

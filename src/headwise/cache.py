@@ -17,11 +17,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from headwise.attention.backends import take_heads
-from headwise.attention.groups import KVGroup, Queries
+from headwise.attention.groups import KVGroup, Queries, Table
+from headwise.attention.own import unable
 from headwise.errors import CacheError, PlanError
 from headwise.plan import HeadPlan, Pattern, Selected
 from headwise.selected_store import SelectedStore
-from headwise.stores import Columns, FullStore, Reader, Store, WindowStore
+from headwise.steps import ROOM, Steps
+from headwise.stores import Columns, FullStore, Reader, Store
+from headwise.window_store import WindowStore
 
 Layers = Tensor | Sequence[Tensor]  # the same for every layer, or one for each
 
@@ -38,14 +41,54 @@ class HeadwiseCache(Cache):
     def __init__(self, plan: HeadPlan):
         self.plan = plan
         layers = [
-            HeadwiseLayer(plan.groups(layer), dense_prefill=plan.prefill == "dense") for layer in range(plan.layers)
+            HeadwiseLayer(plan.groups(layer), dense_prefill=plan.prefill == "dense", index=layer)
+            for layer in range(plan.layers)
         ]
         super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all allocated tensors: keys, values, slot positions, compensation tokens."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes of all allocated tensors: keys, values, slot positions, compensation tokens, the numbers of `begin_steps`."""
+        return sum(layer.nbytes for layer in self.layers) + (self.steps.nbytes if self.steps else 0)
+
+    @property
+    def steps(self) -> Steps | None:
+        """Decode steps whose bookkeeping stands on the device, where they have begun."""
+        return self.layers[0].steps if self.layers else None
+
+    def begin_steps(self, *, everywhere: bool = False) -> Steps | None:
+        """From here on tokens come one at a time, and their bookkeeping moves to the device: fewer launches, none that waits for the host.
+
+        None, and nothing changes, where our kernels do not run (`everywhere` takes torch's operations there) or where a pattern's slots
+        follow no rule that a device can count by: windows that lengthen with the text, and compensation tokens. What is no such step
+        (a chunk, beams, taking back) ends them by itself.
+        """
+        if not self.countable(everywhere=everywhere):
+            return None
+        layers: list[HeadwiseLayer] = self.layers  # type: ignore[assignment]
+        first = layers[0]
+        seen, room = first.columns(), max(ROOM, first.seen // ROOM)
+        found = []
+        for layer in layers:
+            found.append([ring for store in layer.stores for ring in store.rings(seen, room)])
+        last = torch.tensor([first.seen - 1 - row for row in first.rows], device=first.device)
+        steps = Steps(found, last)
+        for layer in layers:
+            layer.steps = steps
+        return steps
+
+    def countable(self, *, everywhere: bool = False) -> bool:
+        """Would `begin_steps` begin?"""
+        layers: list[HeadwiseLayer] = self.layers  # type: ignore[assignment]
+        first = layers[0]
+        if not first.seen or not (everywhere or unable(first.like) is None):
+            return False
+        return all(layer.seen == first.seen and layer.device == first.device and layer.countable for layer in layers)
+
+    def settle(self) -> None:
+        """End the steps, if they have begun: the host knows again what is held where."""
+        for layer in self.layers:
+            layer.settle()  # type: ignore[attr-defined]
 
     def fill(self, k: Layers, v: Layers, q: Layers | None = None) -> HeadwiseCache:
         """As if a prompt had been read whose keys and values are k, v (B, K, T, D), in every layer or one for each; returns the cache.
@@ -102,7 +145,7 @@ class HeadwiseLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, groups: list[tuple[Pattern, tuple[int, ...]]], *, dense_prefill: bool):
+    def __init__(self, groups: list[tuple[Pattern, tuple[int, ...]]], *, dense_prefill: bool, index: int = 0):
         super().__init__()
         if not dense_prefill and any(pattern.compensated for pattern, _ in groups):
             raise PlanError(
@@ -117,10 +160,15 @@ class HeadwiseLayer(CacheLayerMixin):
         self.start: Tensor | None = None  # (B,) first real column; None where no row is padded
         self.record_past = False
         self.pending: tuple[Tensor, Tensor] | None = None
+        self.index = index
+        self.steps: Steps | None = None  # the same for all layers of a cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device; storage grows with what is kept."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.like = key_states.new_empty(
+            0, key_states.shape[-1] if key_states.shape[-1] == value_states.shape[-1] else 0
+        )
         self.is_initialized = True
 
     def update(
@@ -143,6 +191,8 @@ class HeadwiseLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.steps is not None and (key_states.shape[2] != 1 or self.steps.over(self.index)):
+            self.settle()
         self.pending = (key_states, value_states)
         return key_states, value_states
 
@@ -160,12 +210,37 @@ class HeadwiseLayer(CacheLayerMixin):
             self.rows = [0] * k.shape[0] if start is None else [int(s) for s in start.tolist()]
         offset, N = self.seen, k.shape[2]
         self.seen += N
+        if self.steps is not None:
+            self.steps.write(self.index, k, v)
+            return [], offset, self.start
         groups: list[KVGroup] = []
         new = Columns(offset, N, self.start, self.rows)
         for store in self.stores:
             part = (k, v) if len(self.stores) == 1 else (take_heads(k, store.heads), take_heads(v, store.heads))
             groups += store.extend(*part, new, keep_all=self.record_past, reader=reader)
         return groups, offset, self.start
+
+    @property
+    def table(self) -> Table | None:
+        """Where the query of a step finds its keys, once `take` has stored its own; None where groups say it."""
+        return None if self.steps is None else self.steps.tables[self.index]
+
+    @property
+    def countable(self) -> bool:
+        """Can a device say by itself where the next tokens go?"""
+        return not self.record_past and all(store.countable for store in self.stores)
+
+    def settle(self) -> None:
+        """End the steps, if any: the stores learn what was written."""
+        if self.steps is None:
+            return
+        for store in self.stores:
+            store.settle(self.columns(), self.steps.count)
+        self.steps.closed, self.steps = True, None
+
+    def columns(self) -> Columns:
+        """The columns so far."""
+        return Columns(self.seen, 0, self.start, self.rows)
 
     @property
     def needs_start(self) -> bool:
@@ -204,6 +279,7 @@ class HeadwiseLayer(CacheLayerMixin):
 
         Raises CacheError for patterns by which a chunk reads other tokens than one token at a time would.
         """
+        self.settle()
         for store in self.stores:
             store.must_take_back()
         self.record_past = True
@@ -215,12 +291,14 @@ class HeadwiseLayer(CacheLayerMixin):
             raise CacheError(f"crop({tokens_to_remove}): give a negative number, the columns to take back")
         if count > self.seen:
             raise CacheError(f"crop({tokens_to_remove}): only {self.seen} columns were seen")
+        self.settle()
         for store in self.stores:
             store.crop(Columns(self.seen - count, 0, self.start, self.rows) if self.seen else None, count)
         self.seen -= count
 
     def reset(self) -> None:
         """Forget everything and free the storage."""
+        self.steps = None
         for store in self.stores:
             store.reset()
         self.seen, self.start, self.pending, self.is_initialized = 0, None, None, False
@@ -228,6 +306,7 @@ class HeadwiseLayer(CacheLayerMixin):
     def _rows(self, index: Tensor) -> None:
         if not self.seen:
             return
+        self.settle()
         for store in self.stores:
             store.select_rows(index)
         self.rows = [self.rows[i] for i in index.tolist()]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headwise.attention.backends import take_heads
@@ -16,7 +17,7 @@ from headwise.attention.groups import KVGroup, Queries, query_heads
 from headwise.errors import CacheError
 from headwise.keyscores import Ask, choose, resolve
 from headwise.plan import Full, Selected
-from headwise.stores import Columns, Reader, Store, grown, owns
+from headwise.stores import Columns, Reader, Ring, Store, grown, owns
 
 SLACK = 8  # slots by which a part grows at least: parts are short, and there are many
 
@@ -92,6 +93,46 @@ class Part:
         gone = torch.tensor(leaving, device=held.device, dtype=torch.int32)[:, None, None]
         held.masked_fill_((held == gone) & (gone >= 0), -1)
 
+    def rings(self, store: Sequence[int], low: list[int] | None, lengths: list[int], recent: int, room: int) -> Ring:
+        """What is chosen, then the window as a ring, in each head. `low` (B,) is where the windows begin; None: everything stays."""
+        heads = tuple(store[h] for h in self.heads)
+        more = [room] * len(lengths) if low is None else extra(low, lengths, recent)
+        slots = max(self.length, *(m + min(n, room) for m, n in zip(self.most, more, strict=True)))
+        self._in_order(slots)
+        filled = (self.positions >= 0).sum(-1, dtype=torch.int32)
+        if low is None:
+            limit, wrap = torch.full_like(filled, slots), torch.zeros_like(filled)
+            return Ring(heads, self.k, self.v, self.positions, filled, filled, wrap, limit, slots - max(self.most))
+        first, missing, many = (
+            torch.tensor(x, device=filled.device, dtype=torch.int32)[:, None]
+            for x in (low, [max(0, f - n) for f, n in zip(low, lengths, strict=True)], more)
+        )
+        window = self.positions >= first[:, None]
+        wrap, limit = filled - window.sum(-1, dtype=torch.int32) + missing, filled + many
+        oldest = self.positions.masked_fill(~window, 2**31 - 1).argmin(-1).to(torch.int32)
+        at = torch.where(filled < limit, filled, oldest)
+        return Ring(heads, self.k, self.v, self.positions, at, filled, wrap, limit, None if max(more) <= room else room)
+
+    def _in_order(self, slots: int) -> None:
+        """Tokens by position, empty slots behind them, `slots` in all."""
+        if self.ring is not None and self.positions.shape[2] == self.length == slots:
+            return
+        held = self.positions[:, :, : self.length]
+        order = held.masked_fill(held < 0, 2**31 - 1).argsort(-1)
+        more = slots - self.length
+        self.positions = F.pad(held.gather(2, order), (0, more), value=-1)
+        index = order[..., None].expand(-1, -1, -1, self.k.shape[3])
+        self.k, self.v = (F.pad(x[:, :, : self.length].gather(2, index), (0, 0, 0, more)) for x in (self.k, self.v))
+        self.ring = None
+
+    def settle(self, added: list[int], count: int) -> None:
+        """`count` tokens went through the rings, of which `added` (B,) took new slots."""
+        if self.ring is not None:
+            self.next = self.ring + (self.next - self.ring + count) % (self.length - self.ring)
+        self.most = [m + n for m, n in zip(self.most, added, strict=True)]
+        self.least = [m + n for m, n in zip(self.least, added, strict=True)]
+        self.length = max(self.length, *self.most)
+
     def select_rows(self, index: Tensor) -> None:
         """Row i becomes row index[i]."""
         at = index.to(self.k.device)
@@ -156,8 +197,7 @@ class SelectedStore(Store):
         leaving = [-1] * len(lengths)
         if not self.pattern.grow:
             late = [n - 1 - self.pattern.recent for n in lengths]
-            first = [max(edge, self.pattern.sinks) for edge in self.edge]
-            leaving = [p if p >= low else -1 for p, low in zip(late, first, strict=True)]
+            leaving = [p if p >= low else -1 for p, low in zip(late, self._lows() or (), strict=True)]
         for part in self.parts:
             mine = (k, v) if len(self.parts) == 1 else (take_heads(k, part.heads), take_heads(v, part.heads))
             if alone:
@@ -226,6 +266,28 @@ class SelectedStore(Store):
         keys, values = (x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[3])) for x in (k, v))
         return Part(heads, keys, values, held, size, [], [])
 
+    @property
+    def countable(self) -> bool:
+        """Once a prompt was read."""
+        return bool(self.parts)
+
+    def rings(self, seen: Columns, room: int) -> list[Ring]:
+        """One for each part. The prompt ends here."""
+        self.ended = True
+        low, lengths = self._lows(), seen.lengths()
+        return [part.rings(self.heads, low, lengths, self.pattern.recent, room) for part in self.parts]
+
+    def settle(self, seen: Columns, count: int) -> None:
+        """The host's counts of what was written."""
+        low, before = self._lows(), [max(0, n - count) for n in seen.lengths()]
+        more = [count] * len(before) if low is None else extra(low, before, self.pattern.recent)
+        for part in self.parts:
+            part.settle([min(n, count) for n in more], count)
+
+    def _lows(self) -> list[int] | None:
+        """First position of each row that may leave; None where nothing does."""
+        return None if self.pattern.grow else [max(edge, self.pattern.sinks) for edge in self.edge]
+
     def must_take_back(self) -> None:
         """Refused: a chunk of drafts would be read, and chosen from, otherwise than its tokens one by one."""
         raise CacheError(
@@ -258,3 +320,8 @@ class SelectedStore(Store):
         for part in self.parts:
             part.select_rows(index)
         self.edge = [self.edge[i] for i in index.tolist()] if self.edge else []
+
+
+def extra(low: list[int], lengths: list[int], recent: int) -> list[int]:
+    """Tokens that each row takes before the first one leaves its window."""
+    return [max(0, recent - (n - first)) for first, n in zip(low, lengths, strict=True)]

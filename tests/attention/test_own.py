@@ -95,3 +95,20 @@ def test_an_attached_model_decodes_alike_by_both_backends(monkeypatch):
             steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40, 60)]
         logits[name] = torch.cat(steps, dim=1)
     torch.testing.assert_close(logits["own"], logits["library"], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_chunks_behind_their_past():
+    """A prompt in chunks: full heads over all columns, windowed heads over what their store holds and the chunk, by one kernel a group."""
+    q, k, v = draw(2, 8, 200, 64), draw(2, 4, 1000, 64, seed=1), draw(2, 4, 1000, 64, seed=2)
+    order = torch.cat([torch.randperm(144, generator=torch.Generator().manual_seed(0)), torch.arange(144, 344)]).cuda()
+    positions = torch.cat([torch.arange(16), torch.arange(672, 1000)]).cuda()[order]
+    groups = [
+        KVGroup((0, 3), k[:, :2], v[:, :2]),
+        KVGroup((1, 2), k[:, 2:, :344], v[:, 2:, :344], positions=positions[None, None], tail=200, complete=True),
+    ]
+    found = attention(q, groups=groups, offset=800, explain=True)
+    assert found.ran.backend == "triton" and "behind" in found.ran.reason
+    close(found.out, attention(q, groups=groups, offset=800, backend="reference"))
+    joined = attention(q, groups=groups, offset=800, backend="sdpa")
+    close(joined, found.out)

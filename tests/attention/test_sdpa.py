@@ -127,3 +127,29 @@ def test_partial_sums_merge_into_the_whole():
     weights = torch.softmax(lse, dim=0)[..., None]
     same((weights * torch.stack([p.out for p in parts])).sum(0), attention(q, k, v))
     same(torch.logsumexp(lse, 0), attention(q, k, v, return_lse=True).lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "M"), [(1, 24), (5, 24), (17, 18)])
+def test_a_chunk_behind_its_past_is_two_fused_calls(calls, N, M, dtype):
+    """Past and triangle joined by log-sum-exp are the masked softmax; storages in any order before the chunk."""
+    q, k, v = (x.to(dtype) for x in qkv(N=N, M=M))
+    want = attention(q.float(), k.float(), v.float(), backend="reference").to(dtype)
+    atol = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(attention(q, k, v), want, atol=atol, rtol=1e-2)
+    order = torch.cat([torch.randperm(M - N, generator=torch.Generator().manual_seed(3)), torch.arange(M - N, M)])
+    if N > 1:
+        group = KVGroup((0, 1), k[:, :, order], v[:, :, order], positions=order[None, None], tail=N, complete=True)
+        torch.testing.assert_close(attention(q, groups=[group], offset=M - N), want, atol=atol, rtol=1e-2)
+    assert not any(elements for *_, elements, _ in calls)
+
+
+def test_a_chunk_with_gradients_or_padding_keeps_its_mask(calls):
+    """The joined form has no gradients of its log-sum-exp, and no place for padding."""
+    q, k, v = qkv(N=5)
+    q.requires_grad_()
+    attention(q, k, v).sum().backward()
+    assert q.grad is not None and calls[0][2] > 0
+    start = torch.tensor([0, 3])
+    same(attention(q.detach(), k, v, start=start), attention(q.detach(), k, v, start=start, backend="reference"))
+    assert calls[-1][2] > 0

@@ -11,7 +11,7 @@ from torch import nn
 from headwise.attach.controller import Controller, controllers
 from headwise.attach.experts import ExpertAttachment, attach_experts, detach_experts
 from headwise.attach.hook import HeadCall
-from headwise.attach.locate import Stack, find_stack, fingerprint
+from headwise.attach.locate import Stack, find_stack, fingerprint, fingerprint_of
 from headwise.attach.site import Intervention, Observer, Router, Transform
 from headwise.callable_module import make_callable
 from headwise.edits import Edit, HeadEdits
@@ -29,6 +29,7 @@ class Attachment:
     def __init__(self, model: nn.Module, controller: Controller, intervention: Intervention):
         self.model, self.controller, self.intervention = model, controller, intervention
         self.attached = True
+        self._stand_in: Intervention | None = None  # while suspended: an empty one that keeps the model attached
 
     def detach(self) -> None:
         """Take this intervention away; the last one to go leaves the model as it was. Repeated calls do nothing."""
@@ -37,9 +38,27 @@ class Attachment:
         self.attached = False
         if self.intervention.router is not None:
             self.intervention.router.uninstall(self.model, self.controller.stack)
-        self.controller.pop(self.intervention)
+        self.controller.pop(self._stand_in or self.intervention)
         if not self.controller.interventions:
             self.controller.remove()
+
+    def suspend(self) -> None:
+        """Leave it out of the passes that follow, until `resume`; far cheaper than to detach and attach again."""
+        if self.attached and self._stand_in is None:
+            self._stand_in = Intervention()
+            self._exchange(self.intervention, self._stand_in)
+
+    def resume(self) -> None:
+        """Put a suspended intervention back, behind the others that are attached. AttachError once it is detached."""
+        if not self.attached:
+            raise AttachError("this attachment was detached; attach again")
+        if self._stand_in is not None:
+            self._exchange(self._stand_in, self.intervention)
+            self._stand_in = None
+
+    def _exchange(self, old: Intervention, new: Intervention) -> None:
+        self.controller.push(new)
+        self.controller.pop(old)
 
     def __enter__(self) -> Attachment:
         return self
@@ -64,6 +83,7 @@ def attach(
     observers: Sequence[Observer] = ...,
     transforms: Sequence[Transform] = ...,
     stack: str | None = ...,
+    capture: bool = ...,
 ) -> Attachment: ...
 
 
@@ -76,6 +96,7 @@ def attach(
     observers: Sequence[Observer] = (),
     transforms: Sequence[Transform] = (),
     stack: str | None = None,
+    capture: bool = False,
 ) -> Any:
     """Apply a KV plan, head edits, a head router, observers or transforms to a transformers model, without changing its code.
 
@@ -84,7 +105,8 @@ def attach(
     (B, N, H, D) of a layer in place of `attend()`; edits and observers come after it. Raises `AttachError` if the model cannot be reached,
     `WrongModelError` if an artifact belongs to another model, `UnitError` if a head does not exist; the model is then
     as it was. `ExpertEdits` are applied by `attach_experts` and stand alone. `stack` chooses a tower where a model has
-    several ("text_model", "vision_model").
+    several ("text_model", "vision_model"). `capture` turns decode steps under a plan into CUDA graphs: the host launches a step as a
+    whole, which is what a short step waits for; graphs take memory, and a mask that hides tokens behind the prompt ends them.
 
     >>> import torch
     >>> from headwise.hub import load_model
@@ -99,12 +121,15 @@ def attach(
     (True, True)
     """
     if isinstance(edits, ExpertEdits):
-        if plan is not None or router is not None or observers or transforms or stack is not None:
+        if plan is not None or router is not None or observers or transforms or stack is not None or capture:
             raise AttachError("ExpertEdits are attached on their own: call attach once for experts and once for heads")
         return attach_experts(model, edits=edits)
     found = find_stack(model, stack)
-    intervention = Intervention(plan, _as_edits(edits), router, tuple(observers), tuple(transforms))
-    _check(model, found, stack, intervention)
+    if capture and (plan is None or next(model.parameters()).device.type != "cuda"):
+        where = "the model has no plan" if plan is None else f"the model is on {next(model.parameters()).device}"
+        raise AttachError(f"capture=True needs a KV plan and a model on a CUDA device; {where}")
+    intervention = Intervention(plan, _as_edits(edits), router, tuple(observers), tuple(transforms), capture)
+    _check(found, intervention)
     existing = [c for c in controllers(model) if c.stack.pattern == found.pattern]
     controller = existing[0] if existing else found.controller(model)
     if router is not None:
@@ -134,8 +159,8 @@ def _as_edits(edits: HeadEdits | Edit | Sequence[Edit] | None) -> HeadEdits | No
     return HeadEdits.of(*([edits] if isinstance(edits, Edit) else edits))
 
 
-def _check(model: nn.Module, found: Stack, stack: str | None, wanted: Intervention) -> None:
-    print_ = fingerprint(model, stack)
+def _check(found: Stack, wanted: Intervention) -> None:
+    print_ = fingerprint_of(found)
     if wanted.plan is not None:
         if not isinstance(wanted.plan, HeadPlan):
             raise AttachError(

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from headwise.attach import hook
+from headwise.attach.capture import Capture
 from headwise.attach.edit import localize
 from headwise.attach.locate import Stack
-from headwise.attach.site import Intervention, Site
+from headwise.attention.sdpa import MASK_ELEMENTS
+from headwise.attach.site import Intervention, Site, concerns, in_order
 from headwise.cache import HeadwiseCache
 from headwise.errors import AttachError, CacheError
 from headwise.plan import HeadPlan, Pattern, SinkWindow
@@ -35,11 +37,14 @@ class Controller:
         self._cache: weakref.ref[Cache] | None = None  # the caller's: nothing here may keep it alive
         self._mask: Tensor | str | None = None  # the 2-D mask that the model got, or what else it got
         self._padding: tuple[Tensor | None, Tensor | None] | None = None  # real columns and start, found once a pass
+        self._plain: dict[int, bool] = {}  # masks of this pass, by identity: causality and padding alone?
         self._fits: HeadPlan | None = None  # the plan of a cache that was found to fit
         self.interventions: list[Intervention] = []
         self.sites = [self._site(layer, module) for layer, module in enumerate(stack.modules)]
         self._hooks: list[Any] = []
         self._hidden_hooks: list[Any] = []  # only where something reads the hidden states
+        self._capture: Capture | None = None
+        self.steps_everywhere = False  # decode steps by torch's operations where our kernels do not run: for tests
 
     def _site(self, layer: int, module: nn.Module) -> Site:
         rank, size = tensor_parallel(module)
@@ -61,11 +66,13 @@ class Controller:
         self.stack.owner.__dict__.setdefault("_headwise_controllers", {})[self.stack.pattern] = self
         self._hooks = [self.stack.owner.register_forward_pre_hook(self._before, with_kwargs=True)]
         self._watch_hidden()
+        self._set_capture(any(i.capture for i in self.interventions))
 
     def remove(self) -> None:
         """Put everything back; a config shared with another attached stack stays switched until that one goes."""
         for handle in self._hooks + self._hidden_hooks:
             handle.remove()
+        self._set_capture(False)
         for module in self.stack.modules:
             module.__dict__.pop("_headwise_site", None)
         attached = self.stack.owner.__dict__.get("_headwise_controllers", {})
@@ -116,11 +123,21 @@ class Controller:
             for intervention in self.interventions:
                 if intervention.edits is not None:
                     site.edits += tuple(localize(intervention.edits, site, self.stack))
-            site.observers = tuple(o for i in self.interventions for o in i.observers)
-            site.transforms = tuple(t for i in self.interventions for t in i.transforms)
+            site.observers = tuple(o for i in self.interventions for o in i.observers if concerns(o, site.layer))
+            site.transforms = in_order(
+                tuple(t for i in self.interventions for t in i.transforms if concerns(t, site.layer)), site.layer
+            )
             site.router = router.for_layer(site.layer) if router is not None else None  # type: ignore[assignment]
         if self._hooks:
             self._watch_hidden()
+            self._set_capture(any(i.capture for i in self.interventions))
+
+    def _set_capture(self, wanted: bool) -> None:
+        """Decode steps as CUDA graphs, made anew whenever what is attached changes."""
+        if self._capture is not None:
+            self._capture.remove()
+        owner = self.stack.owner
+        self._capture = Capture(owner, lambda: self.cache, _names(type(owner))) if wanted else None
 
     def _watch_hidden(self) -> None:
         """A pre-hook on the attention modules whose hidden states something reads; the others stay without a hook."""
@@ -138,15 +155,47 @@ class Controller:
         """Note the 2-D mask and the cache; under a plan give the model a cache that frees memory."""
         self._keep_switched()
         given = _bound(type(owner), args, kwargs)
-        self._mask, self._padding = _brief(given.get("attention_mask")), None
+        self._mask, self._padding, self._plain = _brief(given.get("attention_mask")), None, {}
         cache = wanted = given.get("past_key_values")
         if self.sites[0].patterns is not None:
             wanted = self._plan_cache(cache, given, owner)
         self._cache = None if wanted is None else weakref.ref(wanted)
+        if isinstance(wanted, HeadwiseCache) and wanted.layers[0].seen:
+            self._step(wanted, given)
         if wanted is cache:
             return None
         args, kwargs = _replace_argument(type(owner), args, kwargs, "past_key_values", wanted)
         return args, kwargs
+
+    def _step(self, cache: HeadwiseCache, given: dict) -> None:
+        """A token alone behind a prompt: its bookkeeping moves to the device, if that is possible and its mask hides nothing more."""
+        fed = given.get("input_ids") if given.get("inputs_embeds") is None else given.get("inputs_embeds")
+        steps, one = cache.steps, isinstance(fed, Tensor) and fed.shape[1] == 1
+        simple = one and all(site.counts for site in self.sites)
+        simple = simple and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        mask = self._mask
+        if steps is not None and not (
+            simple and (mask is None or (isinstance(mask, Tensor) and bool(mask[:, -1].all())))
+        ):
+            cache.settle()
+        elif steps is not None and steps.left == 0:
+            cache.settle()
+            cache.begin_steps(everywhere=self.steps_everywhere)
+        elif (
+            steps is None and simple and cache.countable(everywhere=self.steps_everywhere) and self._only_padding(cache)
+        ):
+            cache.begin_steps(everywhere=self.steps_everywhere)
+
+    def _only_padding(self, cache: HeadwiseCache) -> bool:
+        """Does the mask hide nothing but what lies before each row's start?"""
+        if self._mask is None:
+            return True
+        layer = cache.layers[0]
+        if not isinstance(self._mask, Tensor) or self._mask.shape[1] != layer.seen + 1:
+            return False
+        columns = torch.arange(layer.seen + 1, device=self._mask.device)
+        first = 0 if layer.start is None else layer.start[:, None]
+        return bool((self._mask.bool() == (columns >= first)).all())
 
     @property
     def cache(self) -> Cache | None:
@@ -221,6 +270,15 @@ class Controller:
         real = self._find_padding(mask)[0]
         return None if real is None or real.shape[1] < past + count else real[:, past : past + count].expand(batch, -1)
 
+    def says_nothing(self, mask: Tensor, start: Tensor | None, past: int) -> bool:
+        """Is a layer's mask (B, 1, N, M) what causality and left padding say anyway? Looked at once a pass; layers share their masks."""
+        if id(mask) not in self._plain:
+            known = self._mask is None or isinstance(
+                self._mask, Tensor
+            )  # else the mask is all that says where rows start
+            self._plain[id(mask)] = known and self.stack.causal and _only_causal(hook.as_bool(mask), start, past)
+        return self._plain[id(mask)]
+
     def _find_padding(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Real columns and start, from the 2-D mask, or from a 4-D one if that is what the model was given."""
         if self._padding is None:
@@ -238,6 +296,19 @@ class Controller:
             )
         given = self._mask is not None and isinstance(mask, Tensor) and mask.ndim == 4
         return hook.as_bool(mask).any(dim=2)[:, 0] if given else None  # type: ignore[arg-type]
+
+
+def _only_causal(mask: Tensor, start: Tensor | None, past: int) -> bool:
+    """Does mask (B, 1, N, M) bool let query i, at column past + i, see just the columns start … past + i? Padding's own rows are free."""
+    N, M = mask.shape[2:]
+    columns, first = torch.arange(M, device=mask.device), 0 if start is None else start[:, None, None, None]
+    rows = max(1, MASK_ELEMENTS // max(1, mask.shape[0] * M))
+    for begin in range(0, N, rows):
+        part = mask[:, :, begin : begin + rows]
+        at = torch.arange(begin, begin + part.shape[2], device=mask.device)[:, None] + past
+        if not bool(((part == ((columns <= at) & (columns >= first))) | (at < first)).all()):
+            return False
+    return True
 
 
 def _brief(mask: object) -> Tensor | str | None:

@@ -40,6 +40,11 @@ class Applied:
         """Local kv heads that these heads read, ascending."""
         return sorted({h // self.group_size for h in self.heads})
 
+    @property
+    def counts(self) -> bool:
+        """Is the edit one of outputs alone, the same at every token?"""
+        return self.edit.op in ("zero", "scale", "replace", "mix_vector", "mix_v") and self.edit.tokens.kind == "all"
+
     def places(self) -> list[int]:
         """Where the heads stand among the query heads of `kv_heads`."""
         at = {kv: i for i, kv in enumerate(self.kv_heads)}
@@ -204,6 +209,11 @@ def _move(applied: Applied, call: HeadCall, old: Tensor) -> Tensor:
 
 def _partial(applied: Applied, call: HeadCall, weight: Callable[[Tensor], Tensor], ones: bool = False) -> Tensor:
     _need_no_dropout(call)
+    if call.site.transforms:
+        raise AttachError(
+            f"layer {call.layer}: {applied.edit.op!r} moves weights of the layer's own attention, but a transform has put something "
+            "else in its place; detach one of them"
+        )
     return call.attend(key_weight=weight, ones=ones, kv_heads=applied.kv_heads)[:, :, applied.places()]
 
 

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headwise.attention import KVGroup, Queries, split_by_pattern
 from headwise.attention.backends import Request, serve
-from headwise.attention.groups import key_positions
+from headwise.attention.groups import Table, key_positions
 from headwise.errors import AttachError
 from headwise.plan import Full, Pattern
 
@@ -65,7 +65,9 @@ def headwise_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: out (B, N, H, D) and, from eager bases, the weights."""
     site: Site | None = module.__dict__.get("_headwise_site")
-    if site is None or not site.active:
+    if site is not None and not site.active:
+        return site.base(module, query, key, value, attention_mask, **kwargs)
+    if site is None:
         base = str(module.config._attn_implementation).removeprefix(PREFIX)  # type: ignore[union-attr]
         return base_function(module, base)(module, query, key, value, attention_mask, **kwargs)
     return site.run(module, query, key, value, attention_mask, kwargs)
@@ -86,6 +88,7 @@ class HeadCall:
     mask: Tensor | None
     options: dict[str, object]
     groups: list[KVGroup] | None = None  # set under a KV plan
+    table: Table | None = None  # then in a decode step whose addresses stand on the device, in the place of groups
     past: int = 0  # columns before the first query
     first_column: int = 0  # of k and v as given: a sliding cache has let go of the columns before it
     hidden: Tensor | None = None  # (B, N, C) input of the attention module, where a router or observer `needs_hidden`
@@ -119,7 +122,7 @@ class HeadCall:
 
     def queries(self) -> Queries:
         """Where the queries stand, with the model's mask as bool."""
-        mask = None if self.mask is None else as_bool(self.mask)
+        mask = None if self.mask is None or self.table is not None else as_bool(self.mask)
         if mask is not None and self.first_column:
             mask = nn.functional.pad(mask, (self.first_column, 0))
         return Queries(self.q.shape[2], self.past, self.start, mask, self.causal)
@@ -145,6 +148,8 @@ class HeadCall:
 
     def key_groups(self) -> list[KVGroup]:
         """What the queries read, as the op takes it; one dense group without a plan."""
+        if self.table is not None:
+            return self.table.groups()
         if self.groups is not None:
             return self.groups
         if self.first_column:
@@ -214,14 +219,15 @@ class HeadCall:
     def _attend_groups(
         self, q: Tensor, key_weight: Callable | None, ones: bool, kv_heads: Sequence[int] | None
     ) -> Tensor:
-        groups = self.key_groups()
-        queries = self.queries()
-        if key_weight is not None or ones:
+        plain, queries = key_weight is None and not ones, self.queries()
+        dropout = float(self.options.get("dropout") or 0.0)  # type: ignore[arg-type]
+        table = self.table if plain and not dropout else None
+        groups = [] if table is not None else self.key_groups()
+        if not plain:
             groups = [g.with_values(_weighted(g.v, key_positions(g, queries), key_weight, ones)) for g in groups]
             if any(g.compensation is not None for g in groups):
                 raise AttachError("key groups cannot be re-weighted under a plan with compensation tokens")
-        dropout = float(self.options.get("dropout") or 0.0)  # type: ignore[arg-type]
-        out, _ = serve(Request(q, tuple(groups), queries, self.scale, dropout=dropout))
+        out, _ = serve(Request(q, tuple(groups), queries, self.scale, dropout=dropout, table=table))
         return out if kv_heads is None else _query_slice(out, kv_heads, self.site.kv_heads)
 
     def _column_positions(self) -> Tensor:

@@ -60,6 +60,23 @@ Transform = Callable[[HeadCall, Callable[[], Tensor]], Tensor]
 the head outputs (B, N, H, D) that take their place. Gradients flow through it; it need not call the function."""
 
 
+def concerns(part: object, layer: int) -> bool:
+    """Does an observer or transform act in this layer? One with an attribute `in_layers` in those alone, any other in all."""
+    layers = getattr(part, "in_layers", None)
+    return layers is None or layer in layers
+
+
+def in_order(transforms: tuple[Transform, ...], layer: int) -> tuple[Transform, ...]:
+    """Innermost first: what makes the layer's attention itself (a true attribute `own_attention`), then the others as attached.
+
+    Raises AttachError for two of the former: neither could work on the other's result.
+    """
+    own = [t for t in transforms if getattr(t, "own_attention", False)]
+    if len(own) > 1:
+        raise AttachError(f"layer {layer}: two transforms both make this layer's attention anew; attach one of them")
+    return (*own, *(t for t in transforms if t not in own))
+
+
 @dataclass(frozen=True)
 class Intervention:
     """What one `attach` asked for."""
@@ -69,6 +86,7 @@ class Intervention:
     router: Router | None = None
     observers: tuple[Observer, ...] = ()
     transforms: tuple[Transform, ...] = ()
+    capture: bool = False
 
 
 @dataclass
@@ -92,6 +110,11 @@ class Site:
     def active(self) -> bool:
         """Is there anything to do but the base attention?"""
         return bool(self.patterns or self.edits or self.router or self.observers or self.transforms)
+
+    @property
+    def counts(self) -> bool:
+        """Can a decode step do without the host's view of the keys? Nothing attached looks at them, or at where tokens stand."""
+        return not (self.router or self.observers or self.transforms or any(not a.counts for a in self.edits))
 
     @property
     def reads_hidden(self) -> bool:
@@ -160,7 +183,10 @@ class Site:
                 )
             call._start, call._start_known = call.start if layer.needs_start else layer.start, True
             call.past = layer.seen
+            if call.mask is not None and self.controller.says_nothing(call.mask, call._start, call.past):
+                call.mask = None  # the groups say the same, and kernels that take no mask may serve
             call.groups, _, call._start = layer.take(call._start, call)
+            call.table = layer.table
             return
         if call.past:
             raise AttachError(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from headwise.attention import reference, sdpa
-from headwise.attention.groups import KVGroup, Queries, query_heads
+from headwise.attention.groups import KVGroup, Queries, Table, query_heads
 from headwise.errors import AttentionError
 
 GroupKernel = Callable[[Tensor, KVGroup, Queries, float], tuple[Tensor, Tensor | None]]
@@ -42,11 +42,14 @@ class Request:
     need_lse: bool = False
     dropout: float = 0.0
     whole: tuple[Tensor, Tensor] | None = None  # k, v of all kv heads in order, where the groups were split from such
+    table: Table | None = None  # in the place of groups: a decode step whose addresses stand on the device
     notes: dict = field(default_factory=dict, compare=False, repr=False)  # what a backend found out about this call
 
     @property
     def kv_heads(self) -> int:
         """Number of kv heads over all groups."""
+        if self.table is not None:
+            return self.table.filled.shape[1]
         return sum(len(g.heads) for g in self.groups)
 
     @property
@@ -179,6 +182,11 @@ def choose(request: Request, name: str) -> tuple[Backend, Ran]:
 
 def serve(request: Request) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of a request that is known to be sound, by the backend of choice; `op.attention` checks one first."""
+    if request.table is not None:
+        own = backends()[0]
+        if own.refuse(request) is None:
+            return own.run(request)
+        request = replace(request, groups=tuple(request.table.groups()), table=None)
     return choose(request, "auto")[0].run(request)
 
 

@@ -7,8 +7,9 @@ A *column* is an index into the padded batch; a *position* counts the real token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ class KVGroup:
 
     Shapes: k (B, Kg, S, D), v (B, Kg, S, Dv). `positions` (B, 1 or Kg, S) says which real token a slot holds, -1 for an
     empty slot; None means that slot t holds column t. The last `tail` slots hold the newest columns in order (the
-    chunk being read). `complete` promises that every slot holds a token that the
-    pattern lets every query see: without a mask of the model's own, none is built.
+    chunk being read). `complete` promises that every slot before the tail holds a token that the pattern lets every query see, and that
+    in the tail causality is the whole rule: without a mask of the model's own, none is built.
     """
 
     heads: tuple[int, ...]
@@ -79,6 +80,21 @@ class KVGroup:
     def with_values(self, v: Tensor) -> KVGroup:
         """The same keys with other values (used to read probability mass: values that are indicators)."""
         return replace(self, v=v)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where one new query a row finds its keys, as addresses on the device: right again after every step without the host.
+
+    k_ptr, v_ptr (B, K) int64 point at the first slot of each (row, kv head), slots of D elements without gaps; filled (B, K) int32
+    slots are read. `splits` says how the kernel shares the work; `groups()` is the same as groups, for whoever cannot read addresses.
+    """
+
+    k_ptr: Tensor
+    v_ptr: Tensor
+    filled: Tensor
+    groups: Callable[[], list[KVGroup]]
+    splits: Any = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headwise.attention import crossover, sdpa
 from headwise.attention.backends import Request, over_groups
-from headwise.attention.groups import Compensation, KVGroup, Queries
+from headwise.attention.groups import Compensation, KVGroup, Queries, Table
 from headwise.plan import Pattern, SinkWindow
 
 if TYPE_CHECKING:
@@ -18,25 +18,23 @@ if TYPE_CHECKING:
     from headwise.attention.triton import SplitPlan
 
 HEAD_DIMS = range(16, 257, 16)
+CHUNK = 64  # queries from which a chunk behind its past goes to our kernel
 
 
 class Own:
-    """Triton kernels of `attention.triton`. One of three forms serves a request, or none."""
+    """Triton kernels of `attention.triton`. One of five forms serves a request, or none."""
 
     name = "triton"
 
     def refuse(self, request: Request) -> str | None:
         """Why no kernel of ours fits; None if one does."""
+        why_not = unable(request.q)
+        if why_not is not None or request.table is not None:
+            return why_not
         q, first = request.q, request.groups[0]
-        if not q.is_cuda:
-            return f"it needs CUDA tensors, these are on {q.device}"
-        if not _installed():
-            return "triton is not installed"
-        if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or q.shape[-1] not in HEAD_DIMS:
-            return f"it has no {q.dtype} kernel for head dim {q.shape[-1]}"
         if first.v.shape[-1] != q.shape[-1] or request.dropout or request.queries.mask is not None:
             return "it takes no dropout, no mask of the model's own and no other head dim of the values"
-        return None if self._form(request) else "the call is neither routed, nor windowed, nor a decode step"
+        return None if self._form(request) else "the call is neither routed, nor windowed, nor a decode step, nor a chunk behind its past"
 
     def prefer(self, request: Request) -> str | None:
         """Only above the sizes from which it wins, by this device's table."""
@@ -44,6 +42,8 @@ class Own:
         if form == "selected":
             return "lists of selected keys, which no library reads"
         table = crossover.lookup(_device_name(request.q.device), request.q.dtype, request.q.shape[-1])
+        if form == "chunk":
+            return f"{tokens} tokens behind their past: libraries take a mask or plan anew for every length"
         if form in ("routed", "windowed"):
             in_graph = torch.cuda.is_current_stream_capturing()
             least = table.prefill(form, backward=request.needs_grad, in_graph=in_graph)
@@ -55,6 +55,8 @@ class Own:
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """By form."""
+        if request.table is not None:
+            return _by_table(request, request.table)
         form = self._form(request)
         if form == "routed":
             return _routed(request)
@@ -62,7 +64,7 @@ class Own:
             return _decode(request)
         if form == "selected":
             return _selected(request)
-        if request.whole is not None:
+        if form == "windowed" and request.whole is not None:
             return _spans(request)
         return over_groups(_windowed if not request.need_lse else _windowed_lse, request)
 
@@ -85,10 +87,22 @@ class Own:
             return None
         if queries.count == 1 and queries.start is None and not request.needs_grad:
             return "decode" if all(_readable_whole(g, queries) for g in groups) else None
-        if request.compensated or any(g.positions is not None for g in groups):
-            return None
         kinds = {type(g.pattern) for g in groups if not g.pattern.keeps_all}
-        return "windowed" if kinds == {SinkWindow} else None
+        if kinds == {SinkWindow} and not request.compensated and all(g.positions is None for g in groups):
+            return "windowed"
+        behind = queries.count >= CHUNK and any(sdpa.past_and_chunk(g, queries) for g in groups)
+        return "chunk" if behind and _hopper(request.q) else None
+
+
+def unable(x: Tensor) -> str | None:
+    """Why no kernel of ours takes tensors like x (…, D); None if they do."""
+    if not x.is_cuda:
+        return f"it needs CUDA tensors, these are on {x.device}"
+    if not _installed():
+        return "triton is not installed"
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.shape[-1] not in HEAD_DIMS:
+        return f"it has no {x.dtype} kernel for head dim {x.shape[-1]}"
+    return None
 
 
 @functools.cache
@@ -102,12 +116,18 @@ def _installed() -> bool:
     return _host.triton_available()
 
 
+def _hopper(q: Tensor) -> bool:
+    from headwise.attention.triton import _rows
+
+    return _rows.use_hopper(q)
+
+
 def _readable_whole(group: KVGroup, queries: Queries) -> bool:
     """Does the one query see every slot?"""
     S = group.k.shape[2]
     in_order = group.positions is None and queries.offset + 1 == S and group.pattern.kept(S) == S
     strides = group.k.stride(-1) == 1 and group.k.stride(2) == group.v.stride(2) == group.k.shape[-1]
-    return (group.complete or in_order) and strides
+    return ((group.complete and group.tail == 0) or in_order) and strides
 
 
 def _routed(request: Request) -> tuple[Tensor, Tensor | None]:
@@ -151,6 +171,22 @@ def _selected(request: Request) -> tuple[Tensor, Tensor | None]:
         first = None if start is None else (start if queries.packed else start[:, None].expand(-1, queries.count))
         options["first"] = None if first is None else first.to(torch.int32)
         found = key_attention(q, group.k, group.v, lists.by_query(queries.count), key_block=lists.key_block, **options)
+    out, lse = found if isinstance(found, tuple) else (found, None)
+    return (out if request.gate is None else out * request.gate[..., None].to(out.dtype)), lse
+
+
+def _by_table(request: Request, table: Table) -> tuple[Tensor, Tensor | None]:
+    from headwise.attention.triton import ragged_decode
+
+    found = ragged_decode(
+        request.q,
+        table.k_ptr,
+        table.v_ptr,
+        table.filled,
+        scale=request.scale,
+        plan=table.splits,
+        return_lse=request.need_lse,
+    )
     out, lse = found if isinstance(found, tuple) else (found, None)
     return (out if request.gate is None else out * request.gate[..., None].to(out.dtype)), lse
 
@@ -258,19 +294,21 @@ def _windowed_lse(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> 
 
 
 def _span(q: Tensor, group: KVGroup, queries: Queries, scale: float, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Full heads by the library's kernel, windows by ours."""
-    if not isinstance(group.pattern, SinkWindow):
+    """Windows and chunks behind their past by our kernel, other heads by the library's."""
+    behind = queries.count >= CHUNK and group.compensation is None and sdpa.past_and_chunk(group, queries)
+    if not behind and (not isinstance(group.pattern, SinkWindow) or group.positions is not None):
         return sdpa.attend(q, group, queries, scale, need_lse=need_lse)
     from headwise.attention.triton import span_attention
 
     Kg = group.k.shape[1]
     start = None if queries.start is None else queries.start.to(torch.int32)
+    sinks, window = (0, group.k.shape[2]) if behind else _sinks_and_window(group.pattern, group.k.shape[2])
     found = span_attention(
         q,
         group.k,
         group.v,
-        [group.pattern.sinks] * Kg,
-        [group.pattern.recent] * Kg,
+        [sinks] * Kg,
+        [window] * Kg,
         scale=scale,
         key_start=start,
         return_lse=need_lse,

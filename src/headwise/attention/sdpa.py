@@ -26,10 +26,14 @@ def attend(
     """The same function as `reference.attend`; `lse` is None unless asked for."""
     if need_lse or group.compensation is not None:
         return _direct(q, group, queries, scale)
-    if group.complete and queries.mask is None:
+    if group.complete and group.tail == 0 and queries.mask is None:
         return _fused(q, group.k, group.v, scale, dropout=dropout), None
     if _plain_causal(group, queries):
         return _fused(q, group.k, group.v, scale, dropout=dropout, is_causal=queries.count > 1), None
+    if not dropout and past_and_chunk(group, queries) and not _needs_grad(q, group):
+        found = _joined(q, group, scale)
+        if found is not None:
+            return found, None
     return _blocks(q, group, queries, scale, dropout), None
 
 
@@ -40,6 +44,50 @@ def _plain_causal(group: KVGroup, queries: Queries) -> bool:
     square = queries.offset == 0 or queries.count == 1
     free = queries.mask is None and queries.start is None and group.selection is None
     return queries.causal and whole and reads_all and square and free
+
+
+def past_and_chunk(group: KVGroup, queries: Queries) -> bool:
+    """A chunk behind a past of which every query sees every slot; within the chunk, causality alone."""
+    N, S = queries.count, group.k.shape[2]
+    if not queries.causal or queries.mask is not None or queries.start is not None or group.selection is not None:
+        return False
+    if group.positions is not None:
+        return group.complete and group.tail == N < S
+    return group.pattern.kept(S) == S and queries.offset == S - N > 0
+
+
+def _needs_grad(q: Tensor, group: KVGroup) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or group.k.requires_grad or group.v.requires_grad)
+
+
+def _joined(q: Tensor, group: KVGroup, scale: float) -> Tensor | None:
+    """The past by one fused call and the chunk's triangle by another, joined by their log-sum-exp; None where no kernel gives one."""
+    past = group.k.shape[2] - q.shape[2]
+    before = _with_lse(q, group.k[:, :, :past], group.v[:, :, :past], scale, is_causal=False)
+    inside = _with_lse(q, group.k[:, :, past:], group.v[:, :, past:], scale, is_causal=True)
+    if before is None or inside is None:
+        return None
+    share = torch.sigmoid(before[1] - inside[1])[..., None]
+    return torch.lerp(inside[0].float(), before[0].float(), share).to(q.dtype)
+
+
+def _with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_causal: bool) -> tuple[Tensor, Tensor] | None:
+    """Output and log-sum-exp (B, H, N) of a library kernel, the fastest that takes the call; without gradients."""
+    aten, (B, H, N, D) = torch.ops.aten, q.shape
+    if not q.is_cuda:
+        if q.device.type != "cpu" or v.shape[-1] != D:
+            return None
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+        return out, lse
+    backends = torch.backends.cuda
+    params = backends.SDPAParams(q, k, v, None, 0.0, is_causal, k.shape[1] != H)
+    if torch.cuda.get_device_capability(q.device)[0] == 9 and backends.can_use_cudnn_attention(params):
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal, False, scale=scale)
+    elif D % 8 == 0 and backends.can_use_flash_attention(params):
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)
+    else:
+        return None
+    return out, lse.reshape(B, H, -1)[..., :N]
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, *, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
@@ -143,7 +191,7 @@ def _direct_rows(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> t
     wide = torch.promote_types(q.dtype, torch.float32)
     q_rows = (q.to(wide) * scale).reshape(B, Kg, G * n, D)
     logits = q_rows @ group.k.to(wide).transpose(-1, -2)  # (B, Kg, G*n, S); half precision would round the logits
-    if not (group.complete and queries.mask is None):
+    if not (group.complete and group.tail == 0 and queries.mask is None):
         seen = visible(group, queries)[:, :, None].expand(B, Kg, G, n, -1).reshape(logits.shape)
         logits = logits.masked_fill(~seen, -torch.inf)
     lse = torch.logsumexp(logits, dim=-1)
