@@ -4,8 +4,8 @@
     python benchmarks/end_to_end.py --prefill 32768 --chunk 0 8192    # prefill, at once and in chunks
     python benchmarks/end_to_end.py --device cpu --layers 2 --lengths 512 --batches 1 --shapes gqa
 
-Decode starts from a cache that is filled with random keys, so a row costs no prompt. Sides: `transformers` is DynamicCache with the
-faster of torch's default order (cuDNN first, which plans anew for every length) and flash first; `static graph` is its StaticCache in a CUDA
+Decode starts from a cache of random keys, so a row costs no prompt. Sides: `transformers` is DynamicCache with the
+faster of torch's default order (cuDNN first, which plans anew for every length) and flash first; `static graph` is StaticCache in a CUDA
 graph; `full` and `plan` are headwise caches, eager and captured. So `full graph` / `plan graph` is what the plan itself saves.
 Weights are random: the times are those of the shape, the texts mean nothing. Roof: bytes of weights and kept keys over the copy rate.
 """

@@ -37,6 +37,20 @@ def step(run: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callabl
     return both
 
 
+def graphed(run: Callable[[], None]) -> Callable[[], None]:
+    """The same work captured as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
+
+
 def compare(T: int, E: int, k: int, C: int, size: int, device: str, dtype: torch.dtype, count: int) -> dict[str, Any]:
     """One shape: milliseconds by back-end and of the dense layer, and the ratios that matter."""
     seeded = torch.Generator().manual_seed(0)
@@ -44,15 +58,23 @@ def compare(T: int, E: int, k: int, C: int, size: int, device: str, dtype: torch
     dense = Experts(experts=1, width=C, hidden=k * size, generator=seeded).to(device, dtype)
     x = torch.randn(T, C, generator=seeded).to(device, dtype).requires_grad_()
     weight, index = (t.to(device) for t in torch.randn(T, E, generator=seeded).softmax(-1).topk(k))
-    weight, used = weight.to(dtype), torch.ones_like(index, dtype=torch.bool)
+    weight = weight.to(dtype)
     names = [name for name in BACKENDS if name != "grouped_mm" or grouped_mm_works(experts, x)]
-    reference = experts(x, index, weight, used, "loop")
+    reference = experts(x, index, weight, None, "loop")
     for name in names:  # the gate
-        torch.testing.assert_close(experts(x, index, weight, used, name), reference, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(experts(x, index, weight, None, name), reference, rtol=2e-2, atol=2e-2)
     leaves = [x, experts.gate_up_proj, experts.down_proj, dense.gate_up_proj, dense.down_proj]
-    sides = {name: step(lambda name=name: experts(x, index, weight, used, name), leaves) for name in names}
+    sides = {name: step(lambda name=name: experts(x, index, weight, None, name), leaves) for name in names}
     sides["one dense layer"] = step(lambda: dense.one(0, x), leaves)
     seconds = rounds(sides, device, count)
+    extra = {}
+    if device == "cuda":
+        in_graph = {name: graphed(sides[name]) for name in ("grouped_mm", "one dense layer") if name in sides}
+        graphs = rounds(in_graph, device, count)
+        extra = {"in a CUDA graph, ms": {name: round(1e3 * s, 3) for name, s in graphs.items()}}
+        extra["in a CUDA graph, dense layer over grouped_mm"] = round(
+            graphs["one dense layer"] / graphs["grouped_mm"], 3
+        )
     best = min((s, n) for n, s in seconds.items() if n in names)
     chosen = pick(experts, x, index)
     return {
@@ -62,7 +84,8 @@ def compare(T: int, E: int, k: int, C: int, size: int, device: str, dtype: torch
         "auto over best": round(seconds[chosen] / best[0], 2),
         "loop over auto": round(seconds["loop"] / seconds[chosen], 2),
         "every expert on every token over auto": round(seconds["dense"] / seconds[chosen], 2),
-        "dense layer over auto": round(seconds["one dense layer"] / seconds[chosen], 2),
+        "dense layer over auto": round(seconds["one dense layer"] / seconds[chosen], 3),
+        **extra,
     }
 
 
@@ -83,7 +106,15 @@ def overhead(device: str, dtype: torch.dtype, tokens: int, count: int) -> dict[s
         return routing.loss({"balance": 0.01, "z": 0.001}) + routing.weight.sum()
 
     layer = step(lambda: model(ids).last_hidden_state, list(model.parameters()))
-    seconds = rounds({"layer": layer, "routing": step(route, [x, *router.parameters()])}, device, count)
+    sides = {"layer": layer, "routing": step(route, [x, *router.parameters()])}
+    found = _share(rounds(sides, device, count))
+    if device == "cuda":
+        in_graph = _share(rounds({name: graphed(run) for name, run in sides.items()}, device, count))
+        found |= {f"{name} in a CUDA graph": value for name, value in in_graph.items()}
+    return found
+
+
+def _share(seconds: dict[str, float]) -> dict[str, float]:
     return {name: round(1e3 * s, 3) for name, s in seconds.items()} | {
         "share": round(seconds["routing"] / seconds["layer"], 4)
     }

@@ -3,102 +3,147 @@
     python benchmarks/selected.py                      # small shapes, CPU
     python benchmarks/selected.py --device cuda        # Llama-2-7B and Mistral-7B shapes, random weights, 32k tokens
 
-Models have a few layers of the named shape: every layer costs the same. Times are medians of wall clock with the device
-synchronised; the yardstick is the same model with transformers' DynamicCache and SDPA in the same run. Prints one JSON object.
+Models have a few layers of the named shape: every layer costs the same. The yardstick is the same model with transformers'
+DynamicCache in the same run, with every SDPA kernel that serves it. PyTorch's default on Hopper is cuDNN, which builds a plan
+for each new length of the keys, on the host: the row `default` comes first and pays for it, `cudnn` runs the same lengths
+again with its plans ready. A decode step is taken apart:
+
+- `host_ms`: until the call returns; `wall_ms`: until the device is done; `device_ms`: the sum of the times of its kernels;
+- `cache_ms`: `device_ms` less that of the same model behind 64 tokens, which is what reading (and copying) the cache costs;
+- `attention_ms`: of those, the attention kernels alone, without the copies that DynamicCache makes of itself at every step;
+- `captured`: the step as one CUDA graph (`attach(…, capture=True)`).
+
+Prints one JSON object; a GPU run takes about a minute.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from steps import KERNELS, copy_rate, kernel, kernels, llama, synchronize, taken_apart
 
 import headwise
+from headwise.papers import environment
 
+ATTENTION = re.compile("sdpa|flash|fmha|attention", re.IGNORECASE)
 SHAPES = {"llama-2-7b": (32, 32), "mistral-7b": (32, 8)}  # query heads, kv heads; D = 128
+SIZE = {"vocab_size": 1000, "hidden_size": 4096, "intermediate_size": 11008}
+SMALL = {"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1024}
+Row = dict[str, Any]
 
 
-def model_of(shape: str, layers: int, tokens: int, device: str, small: bool) -> LlamaForCausalLM:
-    """A random Llama of this shape with few layers."""
-    heads, kv_heads = SHAPES[shape]
-    size = (
-        {"hidden_size": 4096, "intermediate_size": 11008}
-        if not small
-        else {"hidden_size": 512, "intermediate_size": 1024}
-    )
-    config = LlamaConfig(
-        vocab_size=1000,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=tokens + 64,
-        **size,
-    )
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa").to(device, dtype).eval()
+def plans_of(model: Any, tokens: int) -> dict[str, headwise.HeadPlan]:
+    """Two budgets of Task-KV, which shares by head, SnapKV, the same for all, and AdaKV, which shares by content."""
+    task = {"beta": 0.25, "closest": False, "context": tokens, "recent": min(256, tokens // 16)}
+    found = {}
+    for ratio in ("40%", "60%"):
+        found[f"task-kv {ratio}"] = headwise.budget.task_kv(model, budget=ratio, **task)
+        found[f"snapkv {ratio}"] = headwise.budget.snapkv(model, budget=ratio)
+        found[f"adakv {ratio}"] = headwise.budget.adakv(model, budget=ratio)
+    return found
 
 
-def timed(run, device: str, repeats: int) -> float:
-    """Median milliseconds."""
-    found = []
+def prompt(tokens: int, device: str) -> torch.Tensor:
+    """Random token ids, (1, N)."""
+    return torch.randint(0, 1000, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def prefilled(model: Any, ids: torch.Tensor, device: str, repeats: int) -> tuple[float, Any]:
+    """(median ms of a prefill, the cache of the last one)."""
+    times, cache = [], None
     for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        found.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(found[1:])
+        cache = None  # the old one is freed first
+        synchronize(device)
+        begin = time.perf_counter()
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times[1:]), cache
+
+
+def dense_rows(model: Any, ids: torch.Tensor, device: str, repeats: int) -> Iterator[Row]:
+    """The untouched model by every kernel, and what its decode step takes behind 64 tokens."""
+    token = ids[:, :1]
+    for name in KERNELS if device == "cuda" else ("default",):
+        try:
+            with kernel(name):
+                prefill, cache = prefilled(model, ids, device, repeats)
+                short = model(ids[:, :64], use_cache=True, logits_to_keep=1).past_key_values
+                row: Row = {"plan": "none", "kernel": name, "prefill_ms": prefill}
+                row["bytes"] = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+                row |= taken_apart(lambda c=cache: model(token, past_key_values=c), device, 8 * repeats)
+                behind_64 = taken_apart(lambda c=short: model(token, past_key_values=c), device, 4 * repeats)
+                row |= {f"behind_64_{key}": value for key, value in behind_64.items()}
+
+                if device == "cuda":
+                    times = kernels(lambda c=cache: model(token, past_key_values=c))
+                    row["longest_kernels"] = {key[:60]: ms for key, ms in list(times.items())[:4]}
+                    row["attention_ms"] = sum(ms for key, ms in times.items() if ATTENTION.search(key))
+                yield row
+        except RuntimeError as error:  # this kernel does not serve this shape
+            yield {"plan": "none", "kernel": name, "refused": str(error).split("\n")[0][:100]}
+
+
+def plan_row(
+    model: Any, name: str, plan: headwise.HeadPlan, ids: torch.Tensor, device: str, repeats: int, capture: bool
+) -> Row:
+    """One plan; the formula is Σ slots · bytes of a token, and 4 bytes a slot for its position."""
+    tokens = ids.shape[1]
+    sizes = {"head_dim": headwise.find_stack(model).head_dim, "dtype": model.dtype}
+    with headwise.attach(model, plan=plan, capture=capture):
+        prefill, cache = prefilled(model, ids, device, 1 if capture else repeats)
+        row: Row = {"plan": name, "captured": capture, "prefill_ms": prefill, "bytes": cache.nbytes}
+        row["formula_bytes"] = int(plan.bytes(tokens, **sizes).sum()) + 4 * int(plan.slots(tokens).sum())
+        return row | taken_apart(lambda: model(ids[:, :1], past_key_values=cache), device, 8 * repeats)
+
+
+def finish(rows: list[Row], copy: float) -> None:
+    """Ratios to the best untouched row of the shape, by wall clock and by what the cache costs the device."""
+    dense = [row for row in rows if row["plan"] == "none" and "wall_ms" in row]
+    wall, prefill = min(row["wall_ms"] for row in dense), min(row["prefill_ms"] for row in dense)
+    on_device = [row for row in dense if "device_ms" in row]
+    rest = min((row["behind_64_device_ms"] for row in on_device), default=0.0)
+    least = min((row["device_ms"] - rest for row in on_device), default=None)
+    for row in (row for row in rows if "wall_ms" in row):
+        row["wall_ratio"], row["prefill_ratio"] = wall / row["wall_ms"], prefill / row["prefill_ms"]
+        if least is not None:
+            row["cache_ms"] = row["device_ms"] - rest
+            row["cache_ratio"] = least / row["cache_ms"]
+            row["attention_ratio"] = min(r["attention_ms"] for r in on_device) / row["cache_ms"]
+            row["of_copy"] = 1e3 * row["bytes"] / copy / row["cache_ms"]
 
 
 @torch.no_grad()
-def measure(model, plan, tokens: int, device: str, repeats: int) -> dict[str, float]:
-    """Prefill and decode times (ms) and bytes of the cache, under a plan or without one."""
-    ids = torch.randint(0, 1000, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    handle = None if plan is None else headwise.attach(model, plan=plan)
-    try:
-        prefill = timed(lambda: model(ids, use_cache=True, logits_to_keep=1), device, repeats)
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        size = cache.nbytes if plan is not None else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
-        step = timed(lambda: model(ids[:, :1], past_key_values=cache), device, 10 * repeats)
-    finally:
-        if handle is not None:
-            handle.detach()
-    return {"prefill_ms": prefill, "decode_ms": step, "bytes": size}
-
-
 def main() -> None:
-    """Every shape and planner; the formula is Σ slots · bytes of a token, and 4 bytes a slot for its position."""
+    """Every shape, the untouched model and every planner."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=0)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     given = parser.parse_args()
     tokens = given.tokens or (32768 if given.device == "cuda" else 1024)
-    out = {"device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu", "tokens": tokens, "rows": []}
-    for shape in SHAPES:
-        model = model_of(shape, given.layers, tokens, given.device, small=given.device == "cpu")
-        dims, dtype = headwise.find_stack(model).head_dim, next(model.parameters()).dtype
-        plans = {"none": None}
-        for ratio in ("40%", "60%"):
-            task = {"beta": 0.25, "closest": False, "context": tokens, "recent": min(256, tokens // 16)}
-            plans[f"task-kv {ratio}"] = headwise.budget.task_kv(model, budget=ratio, **task)
-            plans[f"snapkv {ratio}"] = headwise.budget.snapkv(model, budget=ratio)
-            plans[f"adakv {ratio}"] = headwise.budget.adakv(model, budget=ratio)
-        for name, plan in plans.items():
-            row = {"shape": shape, "plan": name, **measure(model, plan, tokens, given.device, given.repeats)}
-            if plan is not None:
-                slots = int(plan.slots(tokens).sum())
-                row["formula_bytes"] = int(plan.bytes(tokens, head_dim=dims, dtype=dtype).sum()) + 4 * slots
-            out["rows"].append(row)
-            print(json.dumps(row), flush=True)
+    ids, copy = prompt(tokens, given.device), copy_rate(given.device)
+    out: Row = {"environment": environment(), "tokens": tokens, "layers": given.layers, "copy_tbs": copy / 1e12}
+    out["rows"] = []
+    for shape, (heads, kv_heads) in SHAPES.items():
+        size = SIZE if given.device == "cuda" else SMALL
+        model = llama(given.layers, heads, kv_heads, tokens + 512, given.device, **size)
+        rows = list(dense_rows(model, ids, given.device, given.repeats))
+        for name, plan in plans_of(model, tokens).items():
+            for capture in (False, True) if given.device == "cuda" else (False,):
+                rows.append(plan_row(model, name, plan, ids, given.device, given.repeats, capture))
+        finish(rows, copy)
+        out["rows"] += [{"shape": shape, **row} for row in rows]
         del model
-    print(json.dumps(out))
+    print(json.dumps(out, indent=1))
 
 
 if __name__ == "__main__":

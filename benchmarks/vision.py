@@ -11,6 +11,7 @@ The correctness gate runs first; times are medians over rounds in which all side
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -34,9 +35,17 @@ Sides = dict[str, Callable[[], Any]]
 
 
 def medians(
-    sides: Sides, device: str, rounds: int, around: dict[str, Callable[[], Any]] | None = None
+    sides: Sides,
+    device: str,
+    rounds: int,
+    around: dict[str, Callable[[], Any]] | None = None,
+    *,
+    wait_after: bool = True,
 ) -> dict[str, float]:
-    """Milliseconds of each side: median over rounds after one to warm up; `around` opens what a side stands in, untimed."""
+    """Milliseconds of each side: median over rounds after one to warm up; `around` opens what a side stands in, untimed.
+
+    Without `wait_after` only the host's time counts: what the device has still to do when the call returns does not.
+    """
     opened = around or {}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):
@@ -45,7 +54,8 @@ def medians(
                 _wait(device)
                 started = time.perf_counter()
                 run()
-                _wait(device)
+                if wait_after:
+                    _wait(device)
                 if round_:
                     times[name].append(1000 * (time.perf_counter() - started))
     return {name: statistics.median(found) for name, found in times.items()}
@@ -89,50 +99,96 @@ def softpag(device: str, small: bool, rounds: int) -> dict[str, float]:
     return {f"{name}_ms": value for name, value in found.items()} | ratios
 
 
+SD3 = dict(sample_size=128, num_layers=24, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096)
+TOY = dict(sample_size=16, num_layers=24, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=64)
+
+
+class Step:
+    """One step of an SD3-shaped transformer with random weights, and the head sets that are perturbed in it."""
+
+    def __init__(self, device: str, shape: dict[str, int]):
+        from diffusers import SD3Transformer2DModel
+
+        self.heads, self.layers, side = shape["num_attention_heads"], shape["num_layers"], shape["sample_size"]
+        width = shape["attention_head_dim"] * self.heads
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        torch.manual_seed(0)
+        options = dict(patch_size=2, in_channels=16, out_channels=16, pooled_projection_dim=64, pos_embed_max_size=192)
+        with torch.device(device):
+            model = SD3Transformer2DModel(**options, caption_projection_dim=width, **shape)
+        self.model = model.to(dtype).eval()
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator).to(device, dtype)
+
+        self.batch = {
+            "hidden_states": random(1, 16, side, side),
+            "encoder_hidden_states": random(1, 333, shape["joint_attention_dim"]),
+            "pooled_projections": random(1, 64),
+            "timestep": torch.tensor([500.0], device=device),
+        }
+
+    def __call__(self) -> Tensor:
+        return self.model(**self.batch).sample
+
+    def sides(self) -> dict[str, Callable[[], Any]]:
+        """Nothing attached; an identity mix in all heads of one layer; in every fourth head of every layer."""
+        H, L = self.heads, self.layers
+        sets = {
+            "one_layer": HeadSet.of([(L // 2, h) for h in range(H)]),
+            "quarter": HeadSet.of([(l, h) for l in range(L) for h in range(0, H, 4)]),
+        }
+        around: dict[str, Callable[[], Any]] = {"plain": nullcontext}
+        for name, heads in sets.items():
+            around[name] = functools.partial(Perturbation(heads=heads, u=0.5).attached, self.model)
+        return around
+
+
 @torch.no_grad()
-def transformer(device: str, small: bool, rounds: int) -> dict[str, float]:
-    """A whole forward of an SD3-shaped transformer: plain, attached and idle, one layer's heads and a quarter of all heads perturbed."""
-    from diffusers import SD3Transformer2DModel
-
-    shape = dict(sample_size=16, num_layers=2, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=64)
-    if not small:
-        shape = dict(
-            sample_size=128, num_layers=24, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096
-        )
-    width = shape["attention_head_dim"] * shape["num_attention_heads"]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    model = SD3Transformer2DModel(patch_size=2, in_channels=16, out_channels=16, caption_projection_dim=width, pooled_projection_dim=64,
-                                  pos_embed_max_size=192, **shape).to(device, dtype).eval()  # fmt: skip
-    generator, side = torch.Generator().manual_seed(0), shape["sample_size"]
-    batch = {
-        "hidden_states": torch.randn(1, 16, side, side, generator=generator).to(device, dtype),
-        "encoder_hidden_states": torch.randn(1, 333, shape["joint_attention_dim"], generator=generator).to(
-            device, dtype
-        ),
-        "pooled_projections": torch.randn(1, 64, generator=generator).to(device, dtype),
-        "timestep": torch.tensor([500.0], device=device),
+def transformer(device: str, small: bool, rounds: int) -> dict[str, Any]:
+    """A step of an SD3-medium-shaped transformer: wall clock, host time of a toy of as many layers, and under CUDA graphs."""
+    step = Step(device, TOY if small else SD3)
+    around = step.sides()
+    plain = step()
+    for name in ("one_layer", "quarter"):
+        with around[name]():
+            assert not torch.equal(step(), plain), "the perturbation does nothing"
+    found: dict[str, Any] = _over_plain(medians(dict.fromkeys(around, step), device, rounds, around))
+    if device == "cuda":
+        found["cuda_graph"] = _graphs(step, around, rounds)
+    toy = Step(device, TOY)
+    host = medians(dict.fromkeys(around, toy), device, 10 * rounds, toy.sides(), wait_after=False)
+    added = {"one_layer": host["one_layer"] - host["plain"]}
+    added["quarter_a_layer"] = (host["quarter"] - host["plain"]) / toy.layers
+    found["host"] = {f"{name}_ms": ms for name, ms in host.items()} | {
+        f"added_{name}_ms": ms for name, ms in added.items()
     }
-    H, L = shape["num_attention_heads"], shape["num_layers"]
-    sets = {
-        "one_layer": HeadSet.of([(L // 2, h) for h in range(H)]),
-        "quarter": HeadSet.of([(l, h) for l in range(L) for h in range(0, H, 4)]),
-    }
+    found["attach_ms"] = medians({"attach": lambda: step.sides()["one_layer"]().detach()}, device, rounds)["attach"]
+    return found
 
-    def run() -> Tensor:
-        return model(**batch).sample
 
-    def attached(heads: HeadSet) -> Callable[[], Any]:
-        return lambda: Perturbation(heads=heads, u=0.5).attached(model)
+def _over_plain(found: dict[str, float]) -> dict[str, float]:
+    ratios = {f"{name}_over_plain": ms / found["plain"] for name, ms in found.items() if name != "plain"}
+    return {f"{name}_ms": ms for name, ms in found.items()} | ratios
 
-    plain = run()
-    with attached(sets["quarter"])():
-        assert not torch.equal(run(), plain), "the perturbation does nothing"
-    around = {name: attached(heads) for name, heads in sets.items()}
-    found = medians({"plain": run} | dict.fromkeys(sets, run), device, rounds, around)
-    return {f"{name}_ms": value for name, value in found.items()} | {
-        f"{name}_over_plain": found[name] / found["plain"] for name in sets
-    }
+
+def _graphs(step: Step, around: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The same sides, each captured once as a CUDA graph and replayed: what the device alone takes."""
+    graphs = {}
+    for name, opened in around.items():
+        with opened():
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            graphs[name] = graph
+    return _over_plain(medians({name: graph.replay for name, graph in graphs.items()}, "cuda", rounds))
 
 
 @torch.no_grad()

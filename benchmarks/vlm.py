@@ -1,8 +1,7 @@
-"""Vision-language models: train the bundled scene models, and what VHR and VAR cost while generating.
+"""Vision-language models: what VHR and VAR cost while an answer is written.
 
-    python benchmarks/vlm.py train OUT --size small --steps 4000 --seeds 0 1 2 --device cuda   # OUT/scene-vlm-<seed>, then reproduce
     python benchmarks/vlm.py overhead --device cuda        # LLaVA-1.5-7B's decoder shape, random weights, bfloat16
-    python benchmarks/vlm.py overhead --layers 4 --width 256 --heads 8 --image 64 --tokens 16   # a CPU's size
+    python benchmarks/vlm.py overhead --layers 4 --width 256 --heads 8 --image 64 --tokens 16 --batch 1   # a CPU's size
 
 Every ratio is the median over rounds in which all sides ran in turn; the gate (alpha = 1 and p = 0 change no token) runs first.
 """
@@ -15,50 +14,22 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from headwise.models.scene_vlm import save_scene_vlm, train_scene_vlm
+from headwise.attach import HeadCall, attach
+from headwise.attach.images import InLayers, decoder_stack
 from headwise.papers import environment
-from headwise.steer.var import VAR
+from headwise.steer.var import VAR, redistribute_map
 from headwise.steer.vhr import VHR, default_layers
-from headwise.tasks.descriptions import describe
-from headwise.tasks.scenes import make_scenes
 
 IMAGE, TEXT = 999, 64
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train and save one model a seed, and say how it describes unseen scenes and answers the other questions."""
-    for seed in args.seeds:
-        start = time.perf_counter()
-        model = train_scene_vlm(
-            args.size, steps=args.steps, seed=seed, pool=args.pool, device=args.device, progress=True
-        )
-        seconds = time.perf_counter() - start
-        save_scene_vlm(model, Path(args.out) / f"scene-vlm-{seed}")
-        generator = torch.Generator().manual_seed(99)
-        habits = ("half", "broken")
-        said = {
-            habit: describe(model, make_scenes(400, habit=habit, generator=generator)).measures() for habit in habits
-        }
-        right = {task: accuracy(model, task, generator) for task in ("at", "count")}
-        print(json.dumps({"seed": seed, "seconds": seconds, "describe": said, "right": right}, indent=1))
-
-
-@torch.no_grad()
-def accuracy(model: LlavaForConditionalGeneration, task: str, generator: torch.Generator) -> float:
-    """Share of right first tokens."""
-    scenes = make_scenes(400, task=task, generator=generator)  # type: ignore[arg-type]
-    inputs = {key: value.to(model.device) for key, value in scenes.inputs().items()}
-    first = model(**inputs).logits[:, -1].argmax(-1).cpu()
-    return float((first == torch.tensor([answer[0] for answer in scenes.answers])).float().mean())
-
-
-def shaped(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, dict[str, torch.Tensor]]:
-    """A LLaVA with random weights and a prompt of one image and 64 text tokens a row; the vision tower is a token one."""
+def shaped(args: argparse.Namespace) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights; the vision tower is a token one."""
     side = round(args.image**0.5)
     vision = CLIPVisionConfig(
         hidden_size=64,
@@ -79,18 +50,23 @@ def shaped(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, dic
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=side**2, vision_feature_layer=-1
     )
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    dtype = DTYPES[args.device]
     with torch.device(args.device):
-        model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
-    ids = torch.tensor([[1, *[IMAGE] * side**2, *range(2, 2 + TEXT)]]).repeat(args.batch, 1).to(args.device)
-    pixels = torch.randn(args.batch, 3, 4 * side, 4 * side).to(args.device, dtype)
-    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        return LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa", dtype=dtype).eval()
+
+
+def prompt(args: argparse.Namespace, batch: int) -> dict[str, torch.Tensor]:
+    """One image and 64 text tokens a row."""
+    side = round(args.image**0.5)
+    ids = torch.tensor([[1, *[IMAGE] * side**2, *range(2, 2 + TEXT)]]).repeat(batch, 1).to(args.device)
+    pixels = torch.randn(batch, 3, 4 * side, 4 * side).to(args.device, DTYPES[args.device])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
 def overhead(args: argparse.Namespace) -> None:
     """Seconds of a prompt and of each further token: plain, under VHR, under VAR in every head of every middle layer."""
     torch.manual_seed(0)
-    model, inputs = shaped(args)
+    model = shaped(args)
     layers = tuple(range(2, args.layers - 1))
     # a tau so low that ordinary tokens are sinks: random weights have no massive activations, and this is the dearest case
     var = VAR(dims=(5,), tau=1.5, layers=layers, centric=False)
@@ -99,25 +75,69 @@ def overhead(args: argparse.Namespace) -> None:
         "vhr": lambda: VHR(layers=default_layers(args.layers)).attach(model),
         "var": lambda: var.attach(model),
     }
-    gate(model, inputs, layers, args.layers)
+    if not args.skip_map:
+        rules["map"] = lambda: attach(model, transforms=[InLayers(by_map, layers)], stack=decoder_stack(model))
+    found: dict[str, object] = {
+        "shape": {k: v for k, v in vars(args).items() if k != "run"},
+        "environment": environment(),
+    }
+    for batch in args.batch:
+        inputs = prompt(args, batch)
+        gate(model, inputs, layers, args.layers)
+        found[f"batch_{batch}"] = measured(model, inputs, rules, args)
+    print(json.dumps(found, indent=1))
+
+
+def measured(
+    model: LlavaForConditionalGeneration,
+    inputs: dict,
+    rules: dict[str, Callable[[], AbstractContextManager]],
+    args: argparse.Namespace,
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of the prompt and of a decode step, and their ratios to plain; the sides run in turn."""
     times: dict[str, dict[str, list[float]]] = {name: {"prompt": [], "token": []} for name in rules}
     for turn in range(args.rounds + 1):
         for name, rule in rules.items():
             with rule():
-                one, many = (run(model, inputs, count, args.device) for count in (1, args.tokens))
+                spent, steps = one_answer(model, inputs, args)
             if turn:
-                times[name]["prompt"].append(one)
-                times[name]["token"].append((many - one) / (args.tokens - 1))
-    medians = {name: {what: statistics.median(ts) for what, ts in parts.items()} for name, parts in times.items()}
-    ratios = {
-        name: {what: medians[name][what] / medians["plain"][what] for what in ("prompt", "token")}
-        for name in ("vhr", "var")
-    }
-    print(
-        json.dumps(
-            {"seconds": medians, "ratio": ratios, "shape": vars(args) | {"run": None}, **environment()}, indent=1
-        )
-    )
+                times[name]["prompt"].append(1000 * spent)
+                times[name]["token"] += [1000 * s for s in steps]
+    found = {name: {f"{w}_ms": statistics.median(ts) for w, ts in parts.items()} for name, parts in times.items()}
+    for name, parts in found.items():
+        if name != "plain":
+            parts |= {f"{w}_ratio": parts[f"{w}_ms"] / found["plain"][f"{w}_ms"] for w in ("prompt", "token")}
+    return found
+
+
+@torch.no_grad()
+def one_answer(
+    model: LlavaForConditionalGeneration, inputs: dict, args: argparse.Namespace
+) -> tuple[float, list[float]]:
+    """Seconds of the prompt and of each of the tokens that follow, one call of the model each."""
+    begun = clock(args.device)
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    prompt_s, steps = clock(args.device) - begun, []
+    mask, cache = inputs["attention_mask"], out.past_key_values
+    for _ in range(args.tokens):
+        begun = clock(args.device)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        ids = out.logits[:, -1:].argmax(-1).clamp(max=IMAGE - 1)
+        out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        steps.append(clock(args.device) - begun)
+    return prompt_s, steps
+
+
+def by_map(call: HeadCall, attend: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What the released code does, for comparison: all attention weights of a layer in float32, edited, times V."""
+    logits = (call.q @ call.k.mT).float() * call.scale
+    if call.mask is not None:
+        logits = logits.masked_fill(~call.mask, -torch.inf)
+    elif call.q.shape[2] > 1:
+        logits = logits.masked_fill(torch.ones(logits.shape[-2:], device=logits.device).triu(1).bool(), -torch.inf)
+    keys = torch.arange(call.k.shape[2], device=call.q.device)[None].expand(len(call.q), -1)
+    edited = redistribute_map(logits.softmax(-1), keys < 577, (keys > 0) & (keys < 4), centric=False)
+    return (edited.to(call.v.dtype) @ call.v).transpose(1, 2)
 
 
 def gate(model: LlavaForConditionalGeneration, inputs: dict, layers: tuple[int, ...], count: int) -> None:
@@ -127,13 +147,6 @@ def gate(model: LlavaForConditionalGeneration, inputs: dict, layers: tuple[int, 
         for rule in (VHR(layers=default_layers(count), alpha=1.0), VAR(dims=(5,), tau=1.5, layers=layers, move=0.0)):
             with rule.attach(model):
                 assert torch.equal(plain, model(**inputs, logits_to_keep=1).logits), f"gate: {rule} changes the output"
-
-
-def run(model: LlavaForConditionalGeneration, inputs: dict, tokens: int, device: str) -> float:
-    """Seconds of generating so many tokens."""
-    start = clock(device)
-    model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return clock(device) - start
 
 
 def clock(device: str) -> float:
@@ -149,20 +162,13 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    trainer = commands.add_parser("train")
-    trainer.add_argument("out")
-    trainer.add_argument("--size", default="small")
-    trainer.add_argument("--steps", type=int, default=4000)
-    trainer.add_argument("--pool", type=int, default=20000)
-    trainer.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    trainer.set_defaults(run=train)
     timer = commands.add_parser("overhead")
-    for name, value in (("layers", 32), ("width", 4096), ("heads", 32), ("image", 576), ("batch", 1), ("tokens", 128)):
+    for name, value in (("layers", 32), ("width", 4096), ("heads", 32), ("image", 576), ("tokens", 24), ("rounds", 5)):
         timer.add_argument(f"--{name}", type=int, default=value)
-    timer.add_argument("--rounds", type=int, default=5)
+    timer.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    timer.add_argument("--device", default="cpu")
+    timer.add_argument("--skip-map", action="store_true", help="leave out the side that edits whole attention maps")
     timer.set_defaults(run=overhead)
-    for command in (trainer, timer):
-        command.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.run(args)
 

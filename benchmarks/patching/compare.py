@@ -21,8 +21,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from headwise.hub.tiny import byte_tokenizer
-from headwise.score._patching import Sweep, column_mask, record
+from headwise.score._patching import column_mask, record
 from headwise.score._paths import Paths
+from headwise.score._sweep import Sweep
 from headwise.score.logit_attribution import attribute
 from headwise.tasks.pairs import PromptPairs, make_induction
 from headwise.units import HeadSet
@@ -160,7 +161,7 @@ def compare(model, pairs, every, rows):
 
     def sweep():
         run = Sweep(model, pairs, where, rows=rows)
-        return run.all_heads(record(model, pairs, pairs.corrupt).z.__getitem__)
+        return run.all_units(record(model, pairs, pairs.corrupt).z.__getitem__)
 
     mine, seconds = timed(sweep)
     picked = torch.stack([mine[layer, head] for layer, head in units])

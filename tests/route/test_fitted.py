@@ -11,9 +11,10 @@ from headwise.attach.projection import head_weights, hidden_width, output_projec
 from headwise.errors import RouteError
 from headwise.hub import load_model
 from headwise.route import HeadRouter, LayerRoute, RouterConfig, moh, moh_preset
+from headwise.route._absent import Means
 from headwise.route._allocate import Costs, allocate, gradient_covariance
 from headwise.route._fit_steps import _shrunk
-from headwise.route._fitted import Means, read
+from headwise.route._fitted import read
 
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(5))
 
@@ -90,7 +91,7 @@ def test_costs_are_those_of_the_heads_of_lowest_score(tiny):
     generator = torch.Generator().manual_seed(0)
     A, W = torch.randn(3, 64, 64, generator=generator), torch.randn(4, 64, generator=generator)
     metric, fill = A @ A.mT, torch.randn(3, 4, 16, generator=generator)
-    costs = Costs(stack, [lambda x: x @ W.t()] * 3, metric, fill)
+    costs = Costs(stack, [lambda call: call.hidden @ W.t()] * 3, metric, fill[:, None].expand(3, 5, 4, 16))
     read(model, IDS[:1], costs)
     hidden, out = outputs_of(model, IDS[:1])[2]
     weights = head_weights(output_projection(stack, 2), 4)

@@ -136,6 +136,24 @@ def test_lists_of_different_lengths_go_alone(monkeypatch):
     torch.testing.assert_close(out, naive(layer, x, layer.router(x), angles), rtol=1e-4, atol=1e-5)
 
 
+def test_whole_lists_train_alike_and_serve_nothing_else():
+    union = sharp(uoe(llama(), None, active=0.5))
+    model, ids, found = union.model.train(), tokens(2, 17), []
+    for whole in (False, True):
+        for layer in union.attention.values():
+            layer.whole_lists = whole
+        loss = model(ids, labels=ids).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) is (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with pytest.raises(RouteError, match="whole_lists is for training"):
+        logits(model)
+    with pytest.raises(RouteError, match="whole_lists is for training"):
+        model.eval()(ids)
+
+
 def test_bidirectional_selection_equals_the_masked_equation():
     layer = uoe(llama(), None).attention[0]
     layer.causal = False

@@ -11,11 +11,12 @@ import inspect
 import re
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from headwise.addresses import Unit
 from headwise.attach.locate import _owner_path
-from headwise.errors import AttachError
+from headwise.errors import AttachError, UnitError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,26 @@ class ExpertStack:
     def numbers(self) -> tuple[int, ...]:
         """Layers that have experts."""
         return tuple(layer.layer for layer in self.layers)
+
+    def weights(self, address: str | Unit) -> dict[str, Tensor]:
+        """The expert's own part of each stacked parameter, by name: views, so that writing into them changes the model.
+
+        Writing needs `torch.no_grad()`. The gradient of an expert is the same part of the parameter's `.grad`. Raises
+        UnitError for what names no expert of this model.
+
+        >>> from headwise.hub import load_model
+        >>> expert = find_experts(load_model("tiny-random-deepseek-v3")[0]).weights("L2E5")
+        >>> {name: tuple(part.shape) for name, part in expert.items()}
+        {'gate_up_proj': (64, 64), 'down_proj': (64, 32)}
+        """
+        unit = Unit.parse(address) if isinstance(address, str) else address
+        found = next((layer for layer in self.layers if layer.layer == unit.layer), None)
+        if unit.kind != "expert" or found is None or unit.index >= self.experts:
+            raise UnitError(
+                f"{unit} names no routed expert here; there are E0 to E{self.experts - 1} in layers {list(self.numbers())}"
+            )
+        stacked = found.experts.named_parameters(recurse=False)
+        return {name: value[unit.index] for name, value in stacked if value.ndim and len(value) == self.experts}
 
 
 def find_experts(model: nn.Module) -> ExpertStack:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from headwise.papers._step import Step
 from headwise.tasks import english
 from headwise.tasks.texts import code
 
@@ -84,22 +85,13 @@ def small_parallel_lm(size: Size, seed: int, device: str = "cpu") -> Any:
 
 def train(model: Any, domains: Sequence[str], steps: int, size: Size, seed: int, rate: float) -> Any:
     """AdamW with a tenth of warm-up and linear decay to a tenth; gives the model back, in eval mode."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm) * (1 - 0.9 * step / max(steps, 1))
-    )
-    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
     model.train()
-    for _ in range(steps):
-        ids = batch(domains, size, generator, "haystack").to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    step = Step(model)
+    for turn in range(steps):
+        factor = min(1.0, (turn + 1) / warm) * (1 - 0.9 * turn / max(steps, 1))
+        step(batch(domains, size, generator, "haystack"), rate * factor)
     return model.eval()
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from headwise.papers._step import Step, seeded
 from headwise.route import MoEHost, upcycle
 from headwise.tasks import english
+from headwise.tasks.texts import code
 
 BYTES = 256
 
@@ -29,6 +32,7 @@ class Size:
     batch: int = 16
     length: int = 64
     rate: float = 3e-3
+    text: Literal["english", "code"] = "english"
 
 
 def small_lm(size: Size, hidden: int, seed: int, device: str = "cpu") -> Any:
@@ -58,9 +62,16 @@ def mixture_lm(size: Size, seed: int, device: str = "cpu", **options: Any) -> tu
     return model, upcycle(model, experts=size.experts, how="drop", drop=1.0, seed=seed, **options)
 
 
+@lru_cache
+def corpus(kind: Literal["english", "code"], split: Literal["haystack", "eval"]) -> Tensor:
+    """Bytes (n,) of packaged English (0.25 MB) or of Python's library (3 MB); the splits share no document."""
+    text = english(split) if kind == "english" else code(split, max_chars=4_000_000)
+    return torch.tensor(list(text.encode("utf-8")))
+
+
 def batches(size: Size, count: int, seed: int, split: Any = "haystack") -> Iterator[Tensor]:
     """`count` batches (batch, length) of random windows of the text; the same for every model of a seed."""
-    text = torch.tensor(list(english(split).encode("utf-8")))
+    text = corpus(size.text, split)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         starts = torch.randint(len(text) - size.length, (size.batch,), generator=generator)
@@ -77,31 +88,15 @@ def train(
     each: Callable[[int], None] | None = None,
 ) -> None:
     """AdamW with a warm-up of a tenth, then linear decay to 0 or a constant rate; `each(step)` is called after a step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, size.steps // 10)
-
-    def factor(step: int) -> float:
-        up = min(1.0, (step + 1) / warm)
-        return up * (1 - step / size.steps if decay else 1.0)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    device = next(model.parameters()).device
     model.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed + 17)  # the noise of noisy routers
-        for step, ids in enumerate(batches(size, size.steps, seed + 1)):
-            ids = ids.to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                loss = model(ids, labels=ids).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if host is not None:
-                host.update_bias()
+    step = Step(model, after=None if host is None else host.update_bias)
+    with seeded(step.device, seed + 17):  # the noise of noisy routers
+        for turn, ids in enumerate(batches(size, size.steps, seed + 1)):
+            step(ids, size.rate * min(1.0, (turn + 1) / warm) * (1 - turn / size.steps if decay else 1.0))
             if each is not None:
-                each(step)
+                each(turn)
+        del step  # and with it its graph, which holds the random state of the device
     model.eval()
 
 

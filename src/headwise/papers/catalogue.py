@@ -6,8 +6,9 @@ A row is `planned` until `papers/<slug>.py` exists. That module declares what it
     def reproduce(scale="cpu", *, seed=0, progress=False) -> Reproduction: ...
 
 The declaration is only an upper bound. `works` is shown when everything in `api` can be imported and called, and a run
-that is recorded in `papers/records/<slug>.json` tests the same claim and its numbers bear it out; anything less is
-`partial`, and `problems()` says what is missing, which fails the checks of `make test`.
+that is recorded in `papers/records/<slug>.json` (at the larger scale `<slug>.gpu.json`) tests the same claim and its
+numbers bear it out, at every scale that is recorded; anything less is `partial`, and `problems()` says what is missing,
+which fails the checks of `make test`.
 """
 
 import importlib
@@ -115,9 +116,13 @@ class Row:
 
     @property
     def record(self) -> Reproduction | None:
-        """The recorded run, its `holds` computed anew; None while there is none."""
-        file = RECORDS / f"{self.slug}.json"
-        return Reproduction.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+        """The recorded run at CPU scale, its `holds` computed anew; None while there is none."""
+        return _read(record_file(self.slug, "cpu"))
+
+    @property
+    def records(self) -> tuple[Reproduction, ...]:
+        """The recorded runs of all scales, the smallest first."""
+        return tuple(run for run in (self.record, _read(record_file(self.slug, "gpu"))) if run is not None)
 
     def problems(self) -> list[str]:
         """What keeps the declaration from being shown as it stands; empty for a planned row and for a true one."""
@@ -135,14 +140,14 @@ class Row:
 
     def _unproved(self, paper: Paper) -> list[str]:
         try:
-            record = self.record
+            found = self.records
         except ArtifactError as error:
             return [str(error)]
-        if record is None:
+        if not found:
             return [f"no recorded run: headwise reproduce {self.slug} --record"]
-        if (record.paper, record.claim) != (self.slug, paper.claim):
+        if any((run.paper, run.claim) != (self.slug, paper.claim) for run in found):
             return ["the recorded run tests another claim"]
-        return [f"in the recorded run this is false: {check}" for check in record.failed()]
+        return [f"in the recorded run this is false: {check}" for run in found for check in run.failed()]
 
     @property
     def status(self) -> Status:
@@ -161,6 +166,15 @@ class Row:
             "api": self.api,
             "reproduce": self.reproduce is not None,
         }
+
+
+def record_file(slug: str, scale: str) -> Path:
+    """Where the run of a paper at a scale is recorded."""
+    return RECORDS / (f"{slug}.json" if scale == "cpu" else f"{slug}.{scale}.json")
+
+
+def _read(file: Path) -> Reproduction | None:
+    return Reproduction.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def rows() -> list[Row]:

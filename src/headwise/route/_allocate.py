@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from headwise.attach import HeadCall, Stack
 from headwise.attach.projection import head_weights, output_projection
+from headwise.checks import whole
 from headwise.errors import RouteError
+from headwise.route._absent import without
 
 
 def gradient_covariance(model: Any, stack: Stack, rows: Tensor) -> Tensor:
@@ -75,28 +77,29 @@ def _outputs(model: Any, stack: Stack, seen: dict[int, Tensor]) -> Iterator[None
 class Costs:
     """Observer: c(k) of each layer when the k heads of lowest score are left out, k = 0 … H; `table` (L, H + 1).
 
-    `scores` gives the scores (B, N, H) of a layer for hidden states, `metric` is M, `fill` (L, H, D) what an absent head gives.
+    `scores` gives the scores (B, N, H) of a layer for a call, `metric` is M, `fills` (L, H + 1, H, D) what an absent head gives where k
+    are left out.
     """
 
     needs_hidden = True
 
-    def __init__(self, stack: Stack, scores: Sequence[Any], metric: Tensor, fill: Tensor | None):
-        self.stack, self.scores, self.metric, self.fill = stack, scores, metric, fill
+    def __init__(self, stack: Stack, scores: Sequence[Any], metric: Tensor, fills: Tensor | None):
+        self.stack, self.scores, self.metric, self.fills = stack, scores, metric, fills
         self.sums = torch.zeros(stack.layers, stack.heads + 1, dtype=torch.float64)
         self.tokens = torch.zeros(stack.layers, dtype=torch.float64)
 
     def __call__(self, call: HeadCall, out: Tensor) -> None:
-        assert call.hidden is not None
-        layer = call.layer
+        layer, real = call.layer, call.real_tokens()
         W = head_weights(output_projection(self.stack, layer), self.stack.heads).detach().float()
-        missing = out.detach().float() - (0 if self.fill is None else self.fill[layer].to(out.device))
-        order = self.scores[layer](call.hidden.detach().float()).argsort(dim=-1)  # least wanted first
-        each = torch.einsum("bnhd,hdc->bnhc", missing, W)
-        total = each.gather(2, order[..., None].expand_as(each)).cumsum(2)  # (B, N, H, C)
-        cost = torch.einsum("bnkc,cf,bnkf->bnk", total, self.metric[layer].to(out.device), total)
-        real = call.real_tokens()
+        each = torch.einsum("bnhd,hdc->bnhc", out.detach().float(), W)
+        absent = without(self.scores[layer](call).float())  # (B, N, H + 1, H)
+        missing = torch.einsum("bnkh,bnhc->bnkc", absent, each)
+        if self.fills is not None:
+            given = torch.einsum("khd,hdc->khc", self.fills[layer].to(W), W)
+            missing = missing - torch.einsum("bnkh,khc->bnkc", absent, given)
+        cost = torch.einsum("bnkc,cf,bnkf->bnk", missing, self.metric[layer].to(W), missing)
         cost = cost.flatten(0, 1) if real is None else cost[real]
-        self.sums[layer, 1:] += cost.double().sum(0).cpu()
+        self.sums[layer] += cost.double().sum(0).cpu()
         self.tokens[layer] += len(cost)
 
     @property
@@ -105,8 +108,8 @@ class Costs:
         return self.sums / self.tokens.clamp(min=1)[:, None]
 
 
-def allocate(costs: Tensor, total: int) -> list[int]:
-    """Heads that run in each layer, `total` in all and at least one each, at the least sum of costs (L, H + 1); exact.
+def allocate(costs: Tensor, total: int, *, least: int = 1) -> list[int]:
+    """Heads that run in each layer, `total` in all and at least `least` each, at the least sum of costs (L, H + 1); exact.
 
     `costs[l, k]` is the cost of layer l without k heads. Raises RouteError for a total that cannot be dealt out.
 
@@ -116,16 +119,16 @@ def allocate(costs: Tensor, total: int) -> list[int]:
     [3, 1]
     """
     L, H = costs.shape[0], costs.shape[1] - 1
-    drop = L * H - total
-    if not 0 <= drop <= L * (H - 1):
-        raise RouteError(f"{total} heads cannot be dealt out to {L} layers of {H}, at least one each")
+    drop, most = L * H - total, H - whole("least", least, 1, RouteError, H)
+    if not 0 <= drop <= L * most:
+        raise RouteError(f"{total} heads cannot be dealt out to {L} layers of {H}, at least {least} each")
     best = torch.full((drop + 1,), torch.inf, dtype=torch.float64)
     best[0] = 0.0
     choices = []
     for row in costs.double():
         # reached[k, s]: the cost of leaving out s heads so far, k of them here
-        reached = torch.full((H, drop + 1), torch.inf, dtype=torch.float64)
-        for k in range(min(H, drop + 1)):
+        reached = torch.full((most + 1, drop + 1), torch.inf, dtype=torch.float64)
+        for k in range(min(most, drop) + 1):
             reached[k, k:] = best[: drop + 1 - k] + row[k]
         best, choice = reached.min(dim=0)
         choices.append(choice)

@@ -14,12 +14,14 @@ from headwise.errors import RouteError, WrongModelError
 Kind = Literal["trained", "norm", "fitted", "static"]
 Scaling = Literal["official", "paper"]
 Scope = Literal["selected", "all", "none"]
+Features = Literal["hidden", "queries"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "kind": get_args(Kind),
     "gate_norm": get_args(Scaling),
     "balance": get_args(Scaling),
     "ste_scope": get_args(Scope),
+    "features": get_args(Features),
 }
 
 
@@ -81,13 +83,17 @@ class RouterConfig:
     heads for every token). `gate_norm` scales the trained gates, `balance` the load loss, which enters the training
     loss times `beta`. `ste_scope`: which heads of 0/1 gates receive a straight-through gradient. `width`: size of
     the hidden state, for kinds that read it. `fill`: size D of the vectors that stand in for heads that do not run; 0 for
-    none, only for "fitted".
+    none, only for "fitted". `features`: what a fitted router reads of a token: its hidden state, or also how its queries meet
+    two keys (`_local.py`), for which it must know `kv_heads` and `head_dim`.
     """
 
     layers: tuple[LayerRoute, ...]
     kind: Kind
     width: int = 0
     fill: int = 0
+    features: Features = "hidden"
+    kv_heads: int = 0
+    head_dim: int = 0
     gate_norm: Scaling = "official"
     balance: Scaling = "official"
     ste_scope: Scope = "selected"
@@ -110,6 +116,11 @@ class RouterConfig:
             raise RouteError(
                 f"fill is {self.fill} for a {self.kind!r} router; only a fitted one has vectors for absent heads"
             )
+        reads = self.features == "queries"
+        for name in ("kv_heads", "head_dim"):
+            whole(name, getattr(self, name), 1 if reads else 0, RouteError)
+        if reads and self.kind != "fitted":
+            raise RouteError(f"features is 'queries' for a {self.kind!r} router; only a fitted one reads them")
         if self.kind == "static" and any(layer.routed for layer in self.layers):
             raise RouteError("a static router chooses no heads per token: give its heads as shared, with routed=0")
         object.__setattr__(self, "meta", plain_meta(self.meta, RouteError))
@@ -136,8 +147,10 @@ class RouterConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RouterConfig:
         """The inverse of `to_dict`. Raises ArtifactError or RouteError for a missing or wrong entry."""
-        data = {"fill": 0, **data}  # adapters written before there was one
-        types = {"width": int, "fill": int, "beta": float, "eps": float, "meta": dict} | dict.fromkeys(CHOICES, str)
+        # adapters written before there were such entries
+        data = {"fill": 0, "features": "hidden", "kv_heads": 0, "head_dim": 0, **data}
+        sizes = dict.fromkeys(("width", "fill", "kv_heads", "head_dim"), int)
+        types: dict[str, type] = sizes | {"beta": float, "eps": float, "meta": dict} | dict.fromkeys(CHOICES, str)
         values: dict[str, Any] = {name: storage.field(data, name, kind) for name, kind in types.items()}
         rows = storage.field(data, "layers", list)
         return cls(layers=tuple(map(_layer, rows)), fingerprint=read_fingerprint(data), **values)

@@ -6,7 +6,7 @@
 |---|---|---|
 | loop | one expert after the other, tokens found by comparing: the reference | reading |
 | dense | every expert for every token, weighed | very few tokens, k close to E |
-| sorted | pairs sorted by expert, one matmul each, scattered once | CPU, float32 |
+| sorted | pairs sorted by expert, one matmul each | CPU, float32 |
 | grouped_mm | the same with torch's grouped matmul | GPUs from compute capability 8.0, bfloat16 |
 
 Letters: T tokens, C width, I hidden width of an expert, E experts, k slots, S pairs of token and slot that are used.
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from headwise.checks import whole
 from headwise.errors import RouteError
 from headwise.route._names import Activation, Backend
+from headwise.route._permute import gather_sum, sort_pairs, spread, swiglu
 
 LITTLE = 4e6  # multiplications of one projection of one expert, below which the grouped matmul is faster on the CPU
 
@@ -68,13 +69,17 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(_normal(experts, rows, width, std=std, generator=generator))
         self.down_proj = nn.Parameter(_normal(experts, width, hidden, std=std, generator=generator))
 
-    def inner(self, up: Tensor) -> Tensor:
-        """What stands between the two matmuls: (..., 2I or I) -> (..., I)."""
+    def inner(self, up: Tensor, weight: Tensor | None = None) -> Tensor:
+        """What stands between the two matmuls: (..., 2I or I) -> (..., I); rows (S, …) are multiplied by `weight` (S,)."""
+        if self.gated and self.activation == "silu" and up.ndim == 2:
+            return swiglu(up, weight)
         act = ACTIVATIONS[self.activation]
-        if not self.gated:
-            return act(up)
-        gate, value = up.chunk(2, dim=-1)
-        return act(gate) * value
+        if self.gated:
+            gate, value = up.chunk(2, dim=-1)
+            made = act(gate) * value
+        else:
+            made = act(up)
+        return made if weight is None else made * weight[:, None]
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         """Expert `expert` on x (..., C)."""
@@ -90,8 +95,10 @@ class Experts(nn.Module):
         down = torch.einsum("ge,eij->gij", weight, self.down_proj)
         return torch.bmm(self.inner(torch.bmm(x, up.mT)), down.mT)
 
-    def forward(self, x: Tensor, index: Tensor, weight: Tensor, used: Tensor, backend: Backend = "auto") -> Tensor:
-        """Σ_j weight_j f_{index_j}(x) over the used slots: x (T, C); index, weight, used (T, k) -> (T, C)."""
+    def forward(
+        self, x: Tensor, index: Tensor, weight: Tensor, used: Tensor | None = None, backend: Backend = "auto"
+    ) -> Tensor:
+        """Σ_j weight_j f_{index_j}(x) over the used slots, all if None: x (T, C); index, weight, used (T, k) -> (T, C)."""
         kind, given = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):  # autocast does not know grouped_mm
             x = x.to(torch.get_autocast_dtype(kind))
@@ -106,47 +113,55 @@ class Experts(nn.Module):
 # -- back-ends ---------------------------------------------------------------------------------------------------------
 
 
-def loop(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, used: Tensor) -> Tensor:
+def loop(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, used: Tensor | None) -> Tensor:
     """The equation: expert after expert, on the tokens that use it."""
     out = torch.zeros_like(x)
     for expert in range(experts.experts):
-        token, slot = torch.where((index == expert) & used)
+        mine = index == expert
+        token, slot = torch.where(mine if used is None else mine & used)
         if token.numel():
             out = out.index_add(0, token, experts.one(expert, x[token]).to(x.dtype) * weight[token, slot, None])
     return out
 
 
-def dense(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, used: Tensor) -> Tensor:
+def dense(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, used: Tensor | None) -> Tensor:
     """Every expert on every token; gates that are 0 take the rest away again."""
     gates = torch.zeros(len(x), experts.experts, dtype=x.dtype, device=x.device)
-    gates = gates.scatter_add(1, index, weight.masked_fill(~used, 0))
+    gates = gates.scatter_add(1, index, weight if used is None else weight.masked_fill(~used, 0))
     return torch.einsum("te,etc->tc", gates, experts.every(x.expand(experts.experts, -1, -1)))
 
 
-def by_sorting(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, used: Tensor) -> Tensor:
+def by_sorting(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, used: Tensor | None) -> Tensor:
     """Pairs sorted by expert; one pair of matmuls for each run of like pairs."""
-    token, order, sizes = _sorted_pairs(index, used, experts.experts)
-    rows = x.index_select(0, token).split(sizes.tolist())
-    done = [experts.one(e, part) for e, part in enumerate(rows) if len(part)]
-    return _combined(x, torch.cat(done) if done else x[:0], token, order, weight)
+    pairs = sort_pairs(index, used, experts.experts)
+    if not len(pairs.order):
+        return x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)
+    sizes = pairs.ends.diff(prepend=pairs.ends.new_zeros(1)).tolist()
+    rows, gates = spread(x, pairs).split(sizes), weight.reshape(-1).index_select(0, pairs.order).split(sizes)
+    each = zip(rows, gates, experts.gate_up_proj.unbind(), experts.down_proj.unbind(), strict=True)
+    done = [F.linear(experts.inner(F.linear(part, up), w), down) for part, w, up, down in each if len(part)]
+    return gather_sum(torch.cat(done), pairs)
 
 
-def by_grouped_mm(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, used: Tensor) -> Tensor:
-    """The same with one grouped matmul per projection: no loop and no synchronisation with the device."""
-    token, order, sizes = _sorted_pairs(index, used, experts.experts)
-    ends = sizes.cumsum(0).to(torch.int32)
-    up = grouped(x.index_select(0, token), experts.gate_up_proj.mT, ends)
-    return _combined(x, grouped(experts.inner(up), experts.down_proj.mT, ends), token, order, weight)
+def by_grouped_mm(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, used: Tensor | None) -> Tensor:
+    """The same with one grouped matmul per projection: no loop and, if every slot is used, no waiting for the device."""
+    pairs = sort_pairs(index, used, experts.experts)
+    if not len(pairs.order):
+        return x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)
+    gates = weight.reshape(-1).index_select(0, pairs.order)
+    up = grouped(spread(x, pairs), experts.gate_up_proj.mT, pairs.ends)
+    return gather_sum(grouped(experts.inner(up, gates), experts.down_proj.mT, pairs.ends), pairs)
 
 
 def routed_linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """W_{index} x for every slot: x (T, k or 1, C), weight (E, O, C), index (T, k) -> (T, k, O); no expert runs unasked."""
     T, k = index.shape
-    token, order, sizes = _sorted_pairs(index, torch.ones_like(index, dtype=torch.bool), len(weight))
-    rows = x.reshape(-1, x.shape[-1]).index_select(0, order if x.shape[1] == k else token)
-    done = [F.linear(part, weight[e]) for e, part in enumerate(rows.split(sizes.tolist())) if len(part)]
+    pairs = sort_pairs(index, None, len(weight))
+    sizes = pairs.ends.diff(prepend=pairs.ends.new_zeros(1)).tolist()
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, pairs.order if x.shape[1] == k else pairs.token)
+    done = [F.linear(part, w) for part, w in zip(rows.split(sizes), weight.unbind(), strict=True) if len(part)]
     out = torch.cat(done) if done else rows.new_zeros(0, weight.shape[1])
-    return out.index_select(0, order.argsort()).reshape(T, k, -1)
+    return out.index_select(0, pairs.place.reshape(-1)).reshape(T, k, -1)
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -155,23 +170,7 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return function(x.contiguous(), weight.to(x.dtype), offs=ends)
 
 
-def _sorted_pairs(index: Tensor, used: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token and flat slot of each used pair, sorted by expert, and the number of pairs of each expert."""
-    flat, keep = index.reshape(-1), used.reshape(-1)
-    key = torch.where(keep, flat, experts)
-    order = key.sort(stable=True).indices
-    sizes = torch.bincount(key, minlength=experts + 1)[:experts]
-    if not bool(keep.all()):
-        order = order[: int(sizes.sum())]
-    return order // index.shape[1], order, sizes
-
-
-def _combined(x: Tensor, done: Tensor, token: Tensor, order: Tensor, weight: Tensor) -> Tensor:
-    weighed = done.to(x.dtype) * weight.reshape(-1).index_select(0, order)[:, None]
-    return torch.zeros_like(x).index_add(0, token, weighed)
-
-
-BACKENDS: dict[str, Callable[[Experts, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+BACKENDS: dict[str, Callable[[Experts, Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
     "loop": loop,
     "dense": dense,
     "sorted": by_sorting,
@@ -212,18 +211,18 @@ def pick(experts: Experts, x: Tensor, index: Tensor, backend: Backend = "auto") 
 
 def measure(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, *, repeats: int = 5) -> dict[str, float]:
     """Seconds of one forward and backward pass by each back-end that can run here: the best of `repeats`."""
-    used, seconds = torch.ones_like(index, dtype=torch.bool), {}
+    seconds = {}
     for name in BACKENDS:
         if name != "grouped_mm" or grouped_mm_works(experts, x):
-            seconds[name] = min(_timed(experts, x, index, weight, used, name) for _ in range(repeats + 1))  # type: ignore[arg-type]
+            seconds[name] = min(_timed(experts, x, index, weight, name) for _ in range(repeats + 1))  # type: ignore[arg-type]
     return seconds
 
 
-def _timed(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, used: Tensor, name: Backend) -> float:
+def _timed(experts: Experts, x: Tensor, index: Tensor, weight: Tensor, name: Backend) -> float:
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     _wait(x)
     start = time.perf_counter()
-    experts(x, index, weight, used, name).sum().backward()
+    experts(x, index, weight, None, name).sum().backward()
     _wait(x)
     return time.perf_counter() - start
 

@@ -14,6 +14,7 @@ from headwise.attach.hook import HeadCall
 from headwise.errors import AttachError
 from headwise.route._collect import Collector
 from headwise.route._config import LayerRoute, RouterConfig
+from headwise.route._local import count, local_features
 from headwise.route._losses import balance_loss, select
 
 
@@ -159,31 +160,36 @@ class NormLayer(BinaryLayer):
 
 
 class FittedLayer(BinaryLayer):
-    """The score of a head is a linear map of the hidden state, fitted to what the head contributes; trainable.
+    """The score of a head is a linear map of what `features` says, fitted to the log of what the head contributes; trainable.
 
-    With `fill` in the configuration, a head that does not run gives its mean output on the text of the fit, not 0.
+    With `fill` in the configuration, a head that does not run gives a vector of its own, not 0.
     """
 
     needs_hidden = True
-    fill: Tensor | None
+    fill: nn.Parameter | None
+    first: Tensor | None
 
     def __init__(
         self, config: RouterConfig, layer: int, collector: Collector, generator: torch.Generator | None = None
     ):
         super().__init__(config, layer, collector)
-        E = len(self.route.pool)
-        self.W = _projection(E, config.width, generator)
+        E, heads, local = len(self.route.pool), self.route.heads, config.features == "queries"
+        self.W = _projection(E, config.width + (count(heads, config.kv_heads) if local else 0), generator)
         self.b = nn.Parameter(torch.zeros(E)) if E else None
-        self.register_buffer("fill", torch.zeros(self.route.heads, config.fill) if config.fill else None)
+        self.fill = nn.Parameter(torch.zeros(heads, config.fill)) if config.fill else None
+        self.register_buffer("first", torch.zeros(config.kv_heads, config.head_dim) if local else None)
+
+    def inputs(self, call: HeadCall) -> Tensor:
+        """What is read of each token (B, N, F): the hidden state, and the local features where they are asked for."""
+        assert call.hidden is not None
+        x = _wide(call.hidden)
+        if self.first is None:
+            return x
+        return torch.cat([x, local_features(call, self.first).to(x.dtype)], dim=-1)
 
     def scores(self, call: HeadCall) -> Tensor:
         """See the class."""
-        assert call.hidden is not None
-        return self.rank(call.hidden)
-
-    def rank(self, hidden: Tensor) -> Tensor:
-        """Scores (B, N, E) for hidden states (B, N, C)."""
-        x = _wide(hidden)
+        x = self.inputs(call)
         if self.W is None or self.b is None:
             return x.new_zeros(*x.shape[:2], 0)
         return F.linear(x, self.W.to(x.dtype), self.b.to(x.dtype))

@@ -135,7 +135,8 @@ class MoELayer(nn.Module):
         if not isinstance(routing, Routing):
             return routing.apply(self.experts, x)
         flat = x.reshape(-1, x.shape[-1])
-        index, weight, used = (part.reshape(len(flat), -1) for part in (routing.index, routing.weight, routing.used()))
+        index, weight = (part.reshape(len(flat), -1) for part in (routing.index, routing.weight))
+        used = None if routing.active is None and routing.real is None else routing.used().reshape(len(flat), -1)
         return self.experts(flat, index, weight, used, self.backend).reshape(x.shape)
 
     def _note(self, routing: Any) -> None:
@@ -151,7 +152,7 @@ class MoELayer(nn.Module):
 
 
 def _detached(routing: Any) -> Any:
-    values = {name: v.detach() if isinstance(v, Tensor) else v for name, v in vars(routing).items()}
+    values = {name: v.detach() if isinstance(v, Tensor) else v for name, v in vars(routing).items() if name != "ready"}
     return type(routing)(**values)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,15 @@ Rows = Sequence[Mapping[str, Tensor]]
 class Student:
     """A model in training and what routes it: a `router` of heads that is attached meanwhile, or a `host` of experts.
 
-    `save` writes a model that transformers could not read back; by default it is `model.save_pretrained`.
+    `save` writes a model that transformers could not read back; by default it is `model.save_pretrained`. `during` is entered
+    for the time of its training.
     """
 
     model: Any
     router: HeadRouter | None = None
     host: MoEHost | None = None
     save: Callable[[StrPath], None] | None = None
+    during: Callable[[], AbstractContextManager[Any]] | None = None
 
     def after_step(self) -> None:
         """Move the biases of auxiliary-loss-free routers."""
@@ -56,11 +58,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Arm:
-    """One training: how its model is made (from the arms before), on what, and for how many steps if not the recipe's."""
+    """One training: how its model is made (from the arms before), on what, and for how many steps if not the recipe's.
+
+    `examine` measures more than a loss: its figures are reported as of before the training (`before_…`) and after it.
+    """
 
     build: Callable[[Mapping[str, Student]], Student]
     data: Data
     steps: int | None = None
+    examine: Callable[[Student], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +88,11 @@ class Job:
             raise RouteError("resume=True needs folder=, where the run to be resumed keeps its checkpoints")
         if self.save_every and self.folder is None:
             raise RouteError("save_every needs folder=, where the checkpoints go")
+
+    @property
+    def place(self) -> str:
+        """The device: the one asked for, else the GPU where there is one."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def open(self) -> None:
         """Take the folder: a new run wants one without a run, a resumed one wants its own."""
@@ -124,32 +135,39 @@ class Trained:
 
     @property
     def model(self) -> Any:
-        """The routed model."""
-        return self.students["routed"].model
+        """The routed model; that of the last arm where nothing is routed."""
+        return self.students.get("routed", [*self.students.values()][-1]).model
 
     @property
     def router(self) -> HeadRouter | None:
         """Its router of heads; attach both to use them."""
-        return self.students["routed"].router
+        return self.students["routed"].router if "routed" in self.students else None
 
     def summary(self) -> dict[str, Any]:
         """Plain values: settings and figures of each arm."""
         return {"settings": self.settings, "measured": self.measured, "seconds": round(self.seconds, 1)}
 
     def save_pretrained(self, folder: StrPath) -> None:
-        """Write `folder/<arm>` for each arm (models, with the tokenizer), `folder/router`, and `folder/curves.json`."""
+        """Write `folder/<arm>` for each arm (models, with the tokenizer), `folder/router`, and `folder/curves.json`.
+
+        Routers of arms other than "routed" go to `folder/router-<arm>`.
+        """
         place = Path(folder)
         for name, student in self.students.items():
+            if student.router is not None:
+                student.router.save_pretrained(place / ("router" if name == "routed" else f"router-{name}"))
             if student.save is not None:
                 student.save(place / name)
             else:
                 student.model.save_pretrained(place / name)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(place / name)
-        if self.router is not None:
-            self.router.save_pretrained(place / "router")
+        self.save_figures(place / CURVES)
+
+    def save_figures(self, path: StrPath) -> None:
+        """Write what is not a model: curves, settings and figures of every arm."""
         curves = {name: {"losses": c.losses, "held_out": _text_keys(c.held_out)} for name, c in self.curves.items()}
-        write_json(place / CURVES, "training-curves", 1, {"name": self.name, "curves": curves, **self.summary()})
+        write_json(Path(path), "training-curves", 1, {"name": self.name, "curves": curves, **self.summary()})
 
     def __str__(self) -> str:
         lines = [f"{self.name}, {self.seconds:.0f} s"]
@@ -161,19 +179,31 @@ class Trained:
 def follow(job: Job, arms: Mapping[str, Arm]) -> Trained:
     """Train the arms in turn; an arm whose checkpoint is complete is only read. Raises RouteError as `Job.open` does."""
     job.open()
-    started, device = time.monotonic(), job.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    started = time.monotonic()
     data = next(iter(arms.values())).data
     trained = Trained(job.name, dict(job.settings), {}, tokenizer=data.tokenizer)
     for name, arm in arms.items():
         student = arm.build(trained.students)
-        student.model.to(device)
+        student.model.to(job.place)
         trained.students[name] = student
+        before = {f"before_{what}": value for what, value in _examined(arm, student).items()}
         trained.curves[name] = curve = _train(job, name, arm, student)
         found = measure(student, arm.data.held_out, job.recipe.batch_size)
         curve.held_out[len(curve.losses)] = found["held_out_loss"]
-        trained.measured[name] = {"train_loss": _tail(curve.losses), **found}
+        trained.measured[name] = {"train_loss": _tail(curve.losses), **found, **before, **_examined(arm, student)}
     trained.seconds = time.monotonic() - started
     return trained
+
+
+def _examined(arm: Arm, student: Student) -> dict[str, float]:
+    """The arm's further figures, of the model as it would be used: with its router attached."""
+    if arm.examine is None:
+        return {}
+    student.model.eval()
+    with ExitStack() as stack:
+        if student.router is not None:
+            stack.enter_context(attach(student.model, router=student.router))
+        return arm.examine(student)
 
 
 def _train(job: Job, name: str, arm: Arm, student: Student) -> Curve:
@@ -183,6 +213,8 @@ def _train(job: Job, name: str, arm: Arm, student: Student) -> Curve:
     with ExitStack() as stack:
         if student.router is not None:
             stack.enter_context(attach(student.model, router=student.router))
+        if student.during is not None:
+            stack.enter_context(student.during())
         return train(
             student.model,
             arm.data.train,
@@ -218,20 +250,17 @@ def measure(student: Student, rows: Rows, batch: int) -> dict[str, float]:
     if rows[0]["labels"].ndim == 0:
         found["accuracy"] = right / len(rows)
     if load is not None and student.router is not None:
-        found |= {"active": student.router.share, "busiest": _busiest_head(student.router, load)}
+        found |= {"active": student.router.share, "busiest": busiest_head(student.router, load)}
     if records:
         found |= _busiest_expert(records)
     return found
 
 
-def _busiest_head(router: HeadRouter, load: Any) -> float:
-    share = load.share()
-    peaks = [
-        float(share[n, list(r.pool)].max() / share[n, list(r.pool)].mean())
-        for n, r in enumerate(router.config.layers)
-        if r.routed and not r.dense
-    ]
-    return max(peaks, default=1.0)
+def busiest_head(router: HeadRouter, load: Any) -> float:
+    """Load of the busiest head that tokens choose over the mean, in the layer where it is worst; 1 where no layer lets them choose."""
+    routed = {n: list(r.pool) for n, r in enumerate(router.config.layers) if r.routed and not r.dense}
+    share = load.share() if routed else torch.ones(0, 0)
+    return max((float(share[n, pool].max() / share[n, pool].mean()) for n, pool in routed.items()), default=1.0)
 
 
 def _busiest_expert(records: Mapping[int, Sequence[Any]]) -> dict[str, float]:

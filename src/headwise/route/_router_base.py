@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from headwise.attach.gates import GateRule
 from headwise.checks import finite, whole
 from headwise.errors import RouteError
-from headwise.route._routing import Routing
+from headwise.route._fused import fused_choice, fused_works
+from headwise.route._routing import Ready, Routing
 
 
 @dataclass
@@ -86,6 +88,10 @@ class Rule:
         """The routing of the tokens."""
         raise NotImplementedError
 
+    def plain_gate(self) -> GateRule | None:
+        """The gate rule, where the routing is this rule of l = W x and nothing else: kernels know that case."""
+        return None
+
     def __call__(self, seen: Seen, **more: Any) -> Routing:
         """Jitter, then `route`."""
         if self.jitter and seen.training:
@@ -154,6 +160,9 @@ class Router(nn.Module):
             raise RouteError(f"x has shape {tuple(x.shape)}; it must be (batch, tokens, {self.width})")
         if real is not None and real.shape != x.shape[:2]:
             raise RouteError(f"real has shape {tuple(real.shape)}; it must be {tuple(x.shape[:2])}")
+        gate, W = self.rule.plain_gate(), self._parameters.get("W")
+        if gate is not None and W is not None and not more and fused_works(x, W, gate):
+            return self._fused(x, W, gate, real)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             weights = {**self._parameters, **self._buffers}
@@ -162,6 +171,14 @@ class Router(nn.Module):
             _must_be_finite(routing)
         self._note(routing)
         return routing
+
+    def _fused(self, x: Tensor, W: Tensor, gate: GateRule, real: Tensor | None) -> Routing:
+        """The same by kernels, with the batch's balance and z losses."""
+        found = fused_choice(x.flatten(0, 1), W, gate, None if real is None else real.flatten())
+        _assert(found.good)
+        index, weight, probs, logits = (part.unflatten(0, x.shape[:2]) for part in found[:4])
+        ready = Ready(index, probs, {"balance": found.balance, "z": found.z})
+        return Routing(index, weight, probs, logits, real=real, ready=ready)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """`.to()` and friends: state stays float32, or bfloat16 would swallow counts above 256 and small steps of the bias."""
@@ -207,9 +224,12 @@ def _must_be_finite(routing: Any) -> None:
     logits = getattr(routing, "logits", None)
     if logits is None or logits.device.type == "meta":
         return
-    good = logits.isfinite().all()
+    _assert(logits.isfinite().all())
+
+
+def _assert(good: Tensor) -> None:
     text = "router logits are not finite (NaN or infinity): the hidden states or the router's weights are broken"
-    if logits.is_cuda:
+    if good.is_cuda:
         torch._assert_async(good, text)
     elif not bool(good):
         raise RouteError(text)

@@ -20,6 +20,15 @@ Priority = Literal["order", "confidence", "random"]
 
 
 @dataclass(frozen=True)
+class Ready:
+    """Losses over the batch that were computed while routing; they are those of this index and these probs only."""
+
+    index: Tensor
+    probs: Tensor
+    losses: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Routing:
     """Units of each token and their weights.
 
@@ -40,6 +49,7 @@ class Routing:
     real: Tensor | None = None
     noise: tuple[Tensor, Tensor] | None = None  # noisy logits and their std
     extra: Mapping[str, Tensor] = field(default_factory=dict)  # what a router wants to report besides
+    ready: Ready | None = field(default=None, repr=False)
 
     @property
     def experts(self) -> int:
@@ -73,13 +83,18 @@ class Routing:
 
         Raises RouteError for an unknown name, or where a router lacks what a loss reads.
         """
-        total = self.probs.new_zeros(())
-        for name, factor in coefficients.items():
-            if finite(f"coefficient of {name!r}", factor, RouteError):
-                total = total + factor * self._one(name, scope)
+        wanted = {name: f for name, f in coefficients.items() if finite(f"coefficient of {name!r}", f, RouteError)}
+        parts = [factor * self._one(name, scope) for name, factor in wanted.items()]
+        total = parts[0] if parts else self.probs.new_zeros(())
+        for part in parts[1:]:
+            total = total + part
         return total
 
     def _one(self, name: str, scope: _losses.Scope) -> Tensor:
+        ready = self.ready
+        mine = ready is not None and ready.index is self.index and ready.probs is self.probs and self.active is None
+        if mine and scope == "batch" and name in ready.losses:  # type: ignore[union-attr]
+            return ready.losses[name]  # type: ignore[union-attr]
         if name == "balance":
             return _losses.balance_loss(self.probs, self.mask(), self.real, "unit", scope)
         if name == "importance":

@@ -57,6 +57,11 @@ class SoftmaxTopK(Rule):
         if finite("logit_norm", self.logit_norm, RouteError) < 0:
             raise RouteError(f"logit_norm is {self.logit_norm}; it must be at least 0")
 
+    def plain_gate(self) -> GateRule | None:
+        """See `Rule`; a class that adds to this one says so itself."""
+        plain = type(self) is SoftmaxTopK and not self.logit_norm and not self.jitter
+        return GateRule(k=self.k, renorm=self.renorm) if plain else None
+
     def route(self, seen: Seen) -> Routing:
         """See the class."""
         logits = seen.logits()

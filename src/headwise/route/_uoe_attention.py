@@ -37,7 +37,9 @@ class SelectiveAttention(nn.Module):
 
     `positions`: rotary positions of the tokens in the row ("original"), or their number in the expert's list ("compact").
     `out_bias`: an output bias is added to every token ("all"), or a part E⁻¹ of it by each expert that serves the token
-    ("selected"). Raises RouteError for a module that is not made of four linear layers with rotary positions.
+    ("selected"). `whole_lists` (an attribute, False) makes every expert's list as long as the row, which gives the same
+    numbers without the savings and keeps nothing for later tokens, so that a CUDA graph of a training step need not wait
+    for any length. Raises RouteError for a module that is not made of four linear layers with rotary positions.
     """
 
     q_proj: nn.Linear
@@ -69,6 +71,7 @@ class SelectiveAttention(nn.Module):
         self.experts = dense.k_proj.out_features // dense.head_dim
         self.layer_idx, self.dropout = dense.layer_idx, getattr(dense, "attention_dropout", 0.0)
         self.positions, self.out_bias, self.losses, self.causal = positions, out_bias, dict(losses or {}), causal
+        self.whole_lists = False
         self.rope = sys.modules[type(dense).__module__].apply_rotary_pos_emb
         self._aside = (dense, rotary)  # in a tuple, so that they are not submodules a second time
 
@@ -94,7 +97,9 @@ class SelectiveAttention(nn.Module):
         routing = self.router(x, real=real)
         self._note(routing)
         gates, on = routing.gates(), routing.mask().bool()
-        cache = self._layer(past_key_values)
+        if self.whole_lists and not (self.training and torch.is_grad_enabled()):
+            raise RouteError("whole_lists is for training steps: it keeps nothing for later tokens; set it to False")
+        cache = None if self.whole_lists else self._layer(past_key_values)
         if cache is None or cache.seen == 0:
             out = self._fresh(x, gates, on, position_embeddings, cache)
         else:
@@ -106,7 +111,7 @@ class SelectiveAttention(nn.Module):
     def _fresh(self, x: Tensor, gates: Tensor, on: Tensor, rotary: Any, cache: UnionCacheLayer | None) -> Tensor:
         """All tokens at once: gather, project, attend among each expert's own tokens, scatter."""
         B, N, C = x.shape
-        index, valid = compact(on)  # (B, E, M)
+        index, valid = compact(on, whole=self.whole_lists)  # (B, E, M)
         M, E = index.shape[2], self.experts
         flat = (index + N * torch.arange(B, device=x.device)[:, None, None]).transpose(0, 1).reshape(E, -1)  # (E, B·M)
         rows = x.reshape(B * N, C)[flat]
@@ -132,7 +137,7 @@ class SelectiveAttention(nn.Module):
         mask = None if self.causal else valid.transpose(0, 1).flatten(0, 1)[:, None, None].expand(-1, 1, M, -1)
         drop = self.dropout if self.training else 0.0
         sizes = [M] * E
-        if self.causal and M >= LONG:
+        if self.causal and M >= LONG and not self.whole_lists:
             sizes = [max(int(size), 1) for size in valid.sum(-1).amax(0).tolist()]
         if SKEWED * sum(size * size for size in sizes) >= E * M * M:
             return _tensor(attention(q, k, v, causal=self.causal, mask=mask, scale=self.scaling, dropout=drop))

@@ -112,11 +112,11 @@ class UnionTopK(Rule):
         return replace(routing, active=routing.used() & fits.gather(-1, routing.index))
 
 
-def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
+def compact(mask: Tensor, *, whole: bool = False) -> tuple[Tensor, Tensor]:
     """The tokens of each expert, early to late: mask (B, N, E) bool -> index (B, E, M) and valid (B, E, M).
 
     M is the length of the longest list, at least 1; the rest of a shorter list is filled up with tokens that are not
-    valid. Needs one synchronisation with the device.
+    valid. To know it the host waits for the device; with `whole` M is N, and nobody waits.
 
     >>> index, valid = compact(torch.tensor([[[1, 0], [0, 1], [1, 0]]]).bool())
     >>> index.tolist(), valid.tolist()
@@ -124,6 +124,6 @@ def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     lists = mask.transpose(1, 2)
     lengths = lists.sum(-1)
-    longest = max(int(lengths.max()), 1)
+    longest = mask.shape[1] if whole else max(int(lengths.max()), 1)
     order = (~lists).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :longest]
     return order, torch.arange(longest, device=mask.device) < lengths[..., None]

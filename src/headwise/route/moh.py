@@ -12,7 +12,7 @@ from headwise.attach.projection import hidden_width
 from headwise.errors import RouteError
 from headwise.registry import register
 from headwise.route._config import Kind, RouterConfig
-from headwise.route._convert import Choice
+from headwise.route._convert import Choice, kept_heads
 from headwise.route._fit_steps import FitRecipe, fit_router
 from headwise.route._presets import MoHPreset, moh_preset
 from headwise.route._router import HeadRouter
@@ -43,8 +43,10 @@ def moh(
     beta: float = 0.01,
     fit_tokens: int = 20480,
     fit_text: Literal["english", "mixed"] = "english",
+    fit_rounds: int = 1,
     target: Literal["norm", "importance"] = "norm",
-    absent: Literal["zero", "mean"] = "zero",
+    features: Literal["hidden", "queries"] = "hidden",
+    absent: Literal["zero", "mean", "rest"] = "zero",
     allocate: Literal["uniform", "sensitivity"] = "uniform",
     stack: str | None = None,
     seed: int = 0,
@@ -75,8 +77,11 @@ def moh(
     beta: weight of the load-balance loss in training.
     fit_tokens: tokens of packaged text that a fitted router reads.
     fit_text: english, or mixed: English and source code in turn.
+    fit_rounds: 2 fits a second time on the model under the first router, which costs the same time again.
     target: what a fitted router predicts of a head: norm of its output, or importance, the size of the first-order loss change.
-    absent: what a head gives that does not run, with a fitted router: zero, or its mean output on the text of the fit.
+    features: what a fitted router reads of a token: its hidden state, or also how its queries meet its own key and a first key.
+    absent: what a head gives that does not run, with a fitted router: zero, its mean output on the text of the fit, or rest, its
+      mean output over those tokens that do without it.
     allocate: heads per layer of a fitted router: uniform, or sensitivity, by what leaving them out costs in each layer.
     `active_heads`: number of heads that run in each layer, instead of one share for all.
 
@@ -109,14 +114,19 @@ def moh(
         scope=scope,
         preset=chosen,
     )
+    if features != "hidden" and kind != "fitted":
+        raise RouteError(f"features is {features!r} for a {kind!r} router; only a fitted one reads them")
     made = _router(model, choice, kind, stack, seed, gate_norm=gate_norm, ste_scope=ste_scope, beta=beta)
     if kind == "fitted":
         recipe = FitRecipe(
             tokens=fit_tokens,
             text=fit_text,
+            rounds=fit_rounds,
             target=target,
+            features=features,
             absent=absent,
             allocate=allocate,
+            total=_total(model, choice, stack) if allocate == "sensitivity" else None,
             stack=stack,
             seed=seed,
             progress=progress,
@@ -127,6 +137,12 @@ def moh(
             )
         return fit_router(made, model, tokenizer, recipe)
     return made
+
+
+def _total(model: Any, choice: Choice, stack: str | None) -> int:
+    """Heads of all layers together, dealt out freely: the share asked for is met to one head, not rounded layer by layer."""
+    found = find_stack(model, stack)
+    return max(found.layers, kept_heads(choice.active, found.layers * found.heads, choice.rounding))
 
 
 def _router(model: Any, choice: Choice, kind: Kind, stack: str | None, seed: int, **options: Any) -> HeadRouter:
