@@ -230,21 +230,28 @@ def _row(row: Any, patterns: Sequence[Pattern]) -> tuple[Pattern, ...]:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much KV cache a plan may use: a ratio of the full cache, tokens a kv head on average, or bytes in all.
+    """How much KV cache a plan may use: a ratio of the full cache, tokens a kv head on average, bytes in all, or the time of a step.
+
+    A time becomes bytes on a machine on which decode steps were measured: `headwise.budget.StepTime.within`.
 
     >>> Budget.parse("25%"), Budget.parse("512tok"), Budget.parse("64MiB")
     (Budget(unit='ratio', amount=0.25), Budget(unit='tokens', amount=512), Budget(unit='bytes', amount=67108864))
+    >>> Budget.parse("12ms")
+    Budget(unit='ms', amount=12.0)
     >>> Budget.ratio(0.5).full_heads(context=1000, layers=4, kv_heads=2, other=SinkWindow(4, 96), head_dim=64, dtype_bytes=2)
     3
     """
 
-    unit: Literal["ratio", "tokens", "bytes"]
+    unit: Literal["ratio", "tokens", "bytes", "ms"]
     amount: float
 
     def __post_init__(self) -> None:
-        if self.unit not in ("ratio", "tokens", "bytes"):
-            raise PlanError(f"unit is {shown(self.unit)}; it must be 'ratio', 'tokens' or 'bytes'")
-        if self.unit != "ratio":
+        if self.unit not in ("ratio", "tokens", "bytes", "ms"):
+            raise PlanError(f"unit is {shown(self.unit)}; it must be 'ratio', 'tokens', 'bytes' or 'ms'")
+        if self.unit == "ms":
+            if not finite("a budget in milliseconds", self.amount, PlanError) > 0:
+                raise PlanError(f"a budget in milliseconds is {self.amount}; it must lie above 0")
+        elif self.unit != "ratio":
             object.__setattr__(self, "amount", whole(f"a budget in {self.unit}", self.amount, 1, PlanError, 2**63 - 1))
         elif not 0 < finite("a budget as ratio", self.amount, PlanError) <= 1:
             raise PlanError(
@@ -267,8 +274,13 @@ class Budget:
         return cls("bytes", count)
 
     @classmethod
+    def latency(cls, milliseconds: float) -> "Budget":
+        """At most so many milliseconds a decode step."""
+        return cls("ms", float(milliseconds))
+
+    @classmethod
     def parse(cls, text: str) -> "Budget":
-        """`0.5` or `25%` of the full cache, `512tok` a kv head, `64MiB` (B, KB, KiB, MB, MiB, GB, GiB) in all. Raises PlanError."""
+        """`0.5` or `25%` of the full cache, `512tok` a kv head, `64MiB` (B, KB, KiB, MB, MiB, GB, GiB) in all, `12ms` or `0.5s` a step."""
         found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([a-z%]*)\s*", str(text).lower())
         number, unit = (Fraction(found[1]), found[2]) if found else (Fraction(0), "?")
         if unit in ("", "%"):
@@ -277,10 +289,21 @@ class Budget:
             return cls.tokens(int(number))
         if unit in BYTES:
             return cls.bytes(int(number * BYTES[unit]))
-        raise PlanError(f"{shown(text)} is no budget; write 0.5, 25%, 512tok or 64MiB")
+        if unit in ("ms", "s"):
+            return cls.latency(float(number * (1000 if unit == "s" else 1)))
+        raise PlanError(f"{shown(text)} is no budget; write 0.5, 25%, 512tok, 64MiB or 12ms")
+
+    def need_bytes(self) -> None:
+        """Raises PlanError for a time, which only a measured machine turns into bytes."""
+        if self.unit == "ms":
+            raise PlanError(
+                f"a budget of {self} depends on the machine: measure it with headwise.budget.step_time(model), and give what its within() "
+                "says; on the command line, headwise calibrate and then --latency"
+            )
 
     def slots(self, *, context: int, layers: int, kv_heads: int, token_bytes: int) -> int:
         """Tokens that all L · K kv heads of one row may store together at `context` tokens; one takes `token_bytes` in all rows."""
+        self.need_bytes()
         heads = layers * kv_heads
         if self.unit == "bytes":
             return int(self.amount) // token_bytes
@@ -331,4 +354,5 @@ class Budget:
             "ratio": f"{self.amount:.4g} of the full cache",
             "tokens": f"{self.amount} tok",
             "bytes": f"{self.amount} B",
+            "ms": f"{self.amount:.4g} ms a step",
         }[self.unit]

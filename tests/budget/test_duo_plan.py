@@ -32,6 +32,32 @@ def drawn(layers: int, heads: int, seed: int, levels: int = 0) -> HeadScores:
 # which heads stay full
 
 
+def test_a_mix_is_the_weighted_mean_of_the_tables_over_their_largest():
+    a, b = drawn(4, 3, 0), scores(100 * torch.rand(4, 3, generator=torch.Generator().manual_seed(1)))
+    for share in (0.0, 0.3, 1.0):
+        by_hand = scores((1 - share) * a.values / a.values.max() + share * b.values / b.values.max())
+        plan = duo(a, mix=b, mix_share=share, sparsity=0.5)
+        assert plan.full_heads() == duo(by_hand, sparsity=0.5).full_heads()
+    assert duo(a, mix=b, mix_share=0.0, sparsity=0.5).full_heads() == duo(a, sparsity=0.5).full_heads()
+    assert duo(a, mix=b, mix_share=0.3, sparsity=0.5).meta["scores"] == "0.7 duo-gates + 0.3 duo-gates"
+
+
+def test_bad_mixes():
+    a = drawn(4, 3, 0)
+    with pytest.raises(PlanError, match="mix_share is 1.5"):
+        duo(a, mix=a, mix_share=1.5, sparsity=0.5)
+    with pytest.raises(PlanError, match="mix holds scores of 2 × 3"):
+        duo(a, mix=drawn(2, 3, 0), sparsity=0.5)
+    with pytest.raises(PlanError, match="mix must be HeadScores"):
+        duo(a, mix="b", sparsity=0.5)
+    llama, qwen = (
+        scores(drawn(3, 2, 0).values, fingerprint=fingerprint(load_model(f"tiny-random-{n}")[0]))
+        for n in ("llama", "qwen3")
+    )
+    with pytest.raises(WrongModelError, match="scores to mix with"):
+        duo(llama, mix=qwen, sparsity=0.5)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 8), st.integers(0, 99), st.sampled_from([0, 1, 3]), st.data())
 def test_counts_are_exact_and_higher_sparsity_keeps_a_subset(layers, heads, seed, levels, data):

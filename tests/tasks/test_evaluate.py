@@ -105,6 +105,7 @@ def test_batches_and_both_ways_equal_single_forwards(name):
     expected = exact_match(model, prompts)
     for kwargs in (
         {"batch_size": 4},
+        {"batch_size": 4, "padding": "right"},
         {"batch_size": 4, "through": "cache"},
         {"batch_size": 3, "through": "cache", "step": 0},
         {"batch_size": 2, "through": "cache", "tail": 20, "step": 7},

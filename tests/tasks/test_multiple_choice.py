@@ -18,7 +18,7 @@ class Words:
         self.vocabulary: dict[str, int] = {}
 
     def __call__(self, text, **options):
-        for mark in "()\n":
+        for mark in "()[]\n":
             text = text.replace(mark, f" {mark} ")
         parts = text.replace("\n", "¶").split()
         return {"input_ids": [self.vocabulary.setdefault(part, len(self.vocabulary)) for part in parts]}
@@ -48,6 +48,40 @@ def test_prompts_say_what_is_right(labels, side):
     assert all(not set(marks["choices"][i].tolist()) & before[i] for i in range(8))  # no label was used before
 
 
+@pytest.mark.parametrize("labels", ["letters", "shuffled", "random", "digits"])
+def test_questions_have_the_label_before_its_word(labels):
+    tokenizer = Words()
+    pairs = make_multiple_choice(tokenizer, count=8, labels=labels, form="question", seed=3)
+    number, rows, marks = tokenizer.vocabulary, torch.arange(8), pairs.marks
+    assert torch.equal(pairs.ids.gather(1, marks["labels"]), marks["choices"])
+    for asked, answer, ids in (("correct", pairs.answers, pairs.ids), ("other", pairs.contrasts, pairs.corrupt)):
+        at = marks["labels"][rows, marks[asked]]
+        assert torch.equal(ids[rows, at], answer)
+        assert all(ids[i, pairs.last[i]] == number["("] for i in range(8))
+        words = ids[rows, at + 2]  # ( A ) word
+        question = ids.tolist()
+        last = [len(q) - 1 - q[::-1].index(number["Which"]) for q in question]
+        assert [q[n + 2] for q, n in zip(question, last)] == [number[f"{w}?"] for w in _names(number, words)]
+    assert bool((pairs.ids != pairs.corrupt).sum(1).eq(1).all())  # the twin asks for another word, all else is the same
+
+
+@pytest.mark.parametrize("form", ["recall", "question"])
+def test_other_brackets_are_the_same_prompts(form):
+    tokenizer = Words()
+    plain = make_multiple_choice(tokenizer, count=4, form=form, seed=3)
+    square = make_multiple_choice(tokenizer, count=4, form=form, brackets="[]", seed=3)
+    number = tokenizer.vocabulary
+    swapped = plain.ids.clone()
+    for one, other in (("(", "["), (")", "]")):
+        swapped[plain.ids == number[one]] = number[other]
+    assert torch.equal(square.ids, swapped) and torch.equal(square.answers, plain.answers)
+
+
+def _names(vocabulary, tokens):
+    words = {number: word for word, number in vocabulary.items()}
+    return [words[int(t)] for t in tokens]
+
+
 def test_seeds():
     tokenizer = Words()
     one, again, other = (make_multiple_choice(tokenizer, count=4, seed=s) for s in (1, 1, 2))
@@ -64,6 +98,10 @@ def test_chosen_looks_at_labels_only():
 def test_bad_input():
     with pytest.raises(TaskError, match="labels='roman'"):
         make_multiple_choice(Words(), labels="roman")
+    with pytest.raises(TaskError, match="brackets='<>'"):
+        make_multiple_choice(Words(), brackets="<>")
+    with pytest.raises(TaskError, match="form='essay'"):
+        make_multiple_choice(Words(), form="essay")
     with pytest.raises(TaskError, match="words, 22 are one"):
         make_multiple_choice(Words(), shots=9)
     with pytest.raises(TaskError, match="options is 1"):

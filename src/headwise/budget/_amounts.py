@@ -56,6 +56,7 @@ class Amount:
         amount = Budget.parse(budget) if isinstance(budget, str) else budget
         if not isinstance(amount, Budget):
             raise PlanError(f"budget is {budget!r}; write 0.5, 25%, 512tok or 64MiB")
+        amount.need_bytes()
         if amount.unit == "ratio":
             return cls(share=float(amount.amount))
         if amount.unit == "tokens":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from headwise.errors import PlanError
 from headwise.plan import Budget, Pattern
 from headwise.units import HeadScores
@@ -23,6 +25,19 @@ def kv_scores(name: str, scores: HeadScores, kv_heads: int | None = None) -> Hea
             "give kv_heads=, or make them with HeadScores.to_kv(kv_heads)"
         )
     return scores.to_kv(count, "max")
+
+
+def mixed(first: HeadScores, second: HeadScores, share: float) -> HeadScores:
+    """(1 - share) · first / max(first) + share · second / max(second), scores (L, K) of one model. Raises PlanError, WrongModelError."""
+    if first.values.shape != second.values.shape:
+        raise PlanError(
+            f"mix holds scores of {second.layers} × {second.units} kv heads, scores those of {first.layers} × {first.units}"
+        )
+    if first.fingerprint and second.fingerprint:
+        first.fingerprint.require(second.fingerprint, "the table of scores to mix with")
+    a, b = first.normalized(), second.normalized()
+    method = f"{1 - share:g} {first.method} + {share:g} {second.method}"
+    return replace(first, values=(1 - share) * a.values.double() + share * b.values.double(), method=method)
 
 
 def full_heads(

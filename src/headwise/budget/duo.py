@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from headwise.budget._scores import full_heads, kv_scores
+from headwise.budget._scores import full_heads, kv_scores, mixed
 from headwise.checks import finite, whole
 from headwise.errors import PlanError
 from headwise.plan import Budget, HeadPlan, Prefill, SinkWindow
@@ -19,6 +19,8 @@ def duo(
     budget: Budget | str | None = None,
     sparsity: float | None = None,
     threshold: float | None = None,
+    mix: HeadScores | None = None,
+    mix_share: float = 0.5,
     sinks: int = 64,
     window: int = 256,
     prefill: Prefill = "masked",
@@ -37,6 +39,9 @@ def duo(
     budget: size of the cache at `context` tokens, e.g. 50%, 512tok or 64MiB; as many heads stay full as fit.
     sparsity: share of heads that stream; round((1 - sparsity) · L · K) stay full.
     threshold: heads with a score of at least this stay full. Gates of GQA models crowd near 1, where a fixed threshold saves nothing.
+    mix: further scores of the same model, for a plan that serves two ends: gates find the heads that fetch a fact, `stream-difference`
+      those that perplexity needs. Each table is divided by its largest score first.
+    mix_share: weight of `mix`, from 0 (none) to 1 (it alone); the other scores weigh 1 - mix_share.
     sinks: first tokens that a streaming head keeps.
     window: latest tokens that a streaming head keeps.
     prefill: "masked" reads the prompt as decoding will, whatever the chunks; "dense" lets each chunk see all of itself (the paper).
@@ -59,6 +64,9 @@ def duo(
     if len(chosen) != 1:
         raise PlanError(f"give exactly one of budget=, sparsity= and threshold=, not {' and '.join(chosen) or 'none'}")
     kv, other = kv_scores("scores", scores), SinkWindow(sinks, window)
+    if not 0 <= finite("mix_share", mix_share, PlanError) <= 1:
+        raise PlanError(f"mix_share is {mix_share}; it must lie in [0, 1], the weight of mix")
+    kv = kv if mix is None else mixed(kv, kv_scores("mix", mix, kv.units), mix_share)
     if budget is not None:
         sizes: Any = {"context": context, "batch": batch, "head_dim": head_dim, "dtype_bytes": dtype_bytes}
         full = full_heads(budget, kv, other, **sizes)

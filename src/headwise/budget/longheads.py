@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -127,6 +127,8 @@ def _warn_beyond(stack: Stack, **lengths: int) -> None:
 @dataclass(frozen=True)
 class LongHeads:
     """A transform for `attach`: see `longheads`, which makes it. It remembers nothing; a text's state is in its cache."""
+
+    own_attention: ClassVar[bool] = True  # it makes the layer's attention anew: other transforms act on what it gives
 
     chunk: int
     window: int

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from headwise import registry
-from headwise.cli import bench, edit, generated, papers, run, select_data
+from headwise.cli import bench, calibrate, circuit, edit, generated, papers, run, select_data, view
 from headwise.errors import HeadwiseError
 
 __all__ = ["app", "main"]
@@ -55,9 +55,13 @@ def _assemble() -> None:
     app.command(rich_help_panel="Use the files")(run.generate)
     app.command("eval", rich_help_panel="Use the files")(run.evaluate)
     app.command("select-data", rich_help_panel="Use the files")(select_data.select_data)
+    app.command(rich_help_panel="Start")(circuit.circuit)
+    app.command(rich_help_panel="Use the files")(view.view)
+    app.command(rich_help_panel="Use the files")(view.sweep)
     app.command(rich_help_panel="Claims")(papers.papers)
     app.command(rich_help_panel="Claims")(papers.reproduce)
     app.add_typer(bench.app, name="bench", help=bench.HELP, rich_help_panel="Claims")
+    app.command(rich_help_panel="Make a file")(calibrate.calibrate)
     for name, verb in generated.COMMANDS.items():
         if name == "edit" or verb in registry.declared():
             app.add_typer(edit.app if name == "edit" else generated.group(name), rich_help_panel="Make a file")

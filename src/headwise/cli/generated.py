@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from headwise import registry
-from headwise.cli import common
+from headwise.cli import common, plan_sizes
 from headwise.registry import Method, MethodError
 
 COMMANDS = {"score": "score", "plan": "budget", "convert": "route", "train": "train", "edit": "steer"}
@@ -250,13 +250,35 @@ _JSON = _parameter("json", common.Json, False)
 _SHARED = {"seed": _parameter("seed", common.Seed, 0), "progress": _parameter("progress", common.Progress, None)}
 _SCORES = Annotated[Path, typer.Option("--scores", "-s", help="A file that `headwise score` wrote.")]
 
-_LENGTHS = (1024, 8192, 32768)  # where `headwise plan` tells the size of a plan
-
-_MODEL_PLAN = [*_MODEL, _output("plan (JSON)")]
+_PLANNED = [
+    _parameter(
+        "latency",
+        Annotated[
+            str | None,
+            typer.Option("--latency", help="Instead of a budget: 12ms a decode step at most (see headwise calibrate)."),
+        ],
+        None,
+    ),
+    _parameter(
+        "machine",
+        Annotated[
+            Path | None, typer.Option("--machine", help="File of headwise calibrate. Default: the one kept here.")
+        ],
+        None,
+    ),
+    _parameter(
+        "length",
+        Annotated[
+            int | None, typer.Option("--length", min=1, help="Tokens at which sizes, and the latency, are told.")
+        ],
+        None,
+    ),
+]
+_MODEL_PLAN = [*_MODEL, _output("plan (JSON)"), *_PLANNED]
 _MODELS = [_parameter("models", common.Models), *_MODEL[1:], _output("mixture's folder")]
 _STANDARD = {
     "score": [*_MODEL, _output("scores (safetensors)", None)],
-    "budget": [_parameter("scores", _SCORES), _output("plan (JSON)")],
+    "budget": [_parameter("scores", _SCORES), _output("plan (JSON)"), *_PLANNED],
     "route": [*_MODEL, _output("adapter folder")],
     "train": [*_MODEL, _output("adapter folder")],
     "steer": [*_MODEL, _output("edits (JSON)")],
@@ -299,29 +321,21 @@ def of_nothing(method: Method) -> bool:
 
 
 def _run_budget(
-    method: Method, options: dict[str, Any], *, output: Path, json: bool, scores: Path | None = None, **model: Any
+    method: Method, options: dict[str, Any], *, output: Path, json: bool, scores: Path | None = None, **given: Any
 ) -> None:
-    """Plan, save, show the plan."""
-    given = common.load(**model)[0] if model else _reader(method)(str(scores))
-    plan = method(given, **options)
+    """Plan, save, show the plan and what it takes, by layer and kv head."""
+    latency, machine, length = (given.pop(name) for name in ("latency", "machine", "length"))
+    source = common.load(**given)[0] if given else _reader(method)(str(scores))
+    timed = plan_sizes.machine_of(latency, machine, source)
+    if timed:
+        options = plan_sizes.budgeted(method, options, latency, length, timed)
+    plan = method(source, **options)
     plan.save(output)
-    share = {str(n): plan.ratio(n) for n in _LENGTHS}
-    budget = str(options.get("budget"))
-    data = {"method": method.name, "scores": scores, "budget": budget, "file": output, "ratio": share}
-    sizes = _plan_bytes(plan, given) if model else {}
-    if model:
-        data |= {"model": model["model"], "layer_bytes": sizes}
-    notes = {n: f", {sum(layers) / 2**20:.1f} MiB" for n, layers in sizes.items()}
-    ratios = "; ".join(f"{ratio:.0%}{notes.get(n, '')} at {n} tokens" for n, ratio in share.items())
-    common.say(data, json, f"{plan}\nof the full cache: {ratios}\n{_written(output)}")
-
-
-def _plan_bytes(plan: Any, model: Any) -> dict[str, list[int]]:
-    """Bytes of every layer's keys and values for one row, by length."""
-    from headwise.attach import find_stack
-
-    size = {"head_dim": find_stack(model).head_dim, "dtype": model.dtype}
-    return {str(n): plan.bytes(n, **size).tolist() for n in _LENGTHS}
+    told = plan_sizes.tell(plan, source, options, length, timed)
+    data = {"method": method.name, "scores": scores, "budget": str(options.get("budget")), "file": output, **told.data}
+    if given:
+        data["model"] = given["model"]
+    common.say(data, json, f"{plan}\n{told.text}\n{_written(output)}")
 
 
 def _run_route(method: Method, options: dict[str, Any], *, output: Path, json: bool, **model: Any) -> None:

@@ -30,9 +30,10 @@ def papers(json: Annotated[bool, typer.Option("--json", help="Print the rows as 
     table.add_column("system", no_wrap=True, overflow="ellipsis", ratio=1)
     table.add_column("measured here")
     for row in rows():
-        record = row.record if row.paper else None
-        when = f"{record.environment.get('date', '?')}, {record.scale}" if record else ""
-        measured = f"{'holds' if record.holds else 'does not hold'} ({when})" if record else ""
+        measured = "; ".join(
+            f"{'holds' if run.holds else 'does not hold'} ({run.environment.get('date', '?')}, {run.scale})"
+            for run in (row.records if row.paper else ())
+        )
         table.add_row(row.id, row.slug, row.verb, STYLES[row.status], row.title, measured)
     common.say({}, False, table)
 
@@ -53,7 +54,7 @@ def reproduce(
     """
     from headwise.errors import TaskError
     from headwise.papers import row
-    from headwise.papers.catalogue import RECORDS
+    from headwise.papers.catalogue import record_file
 
     chosen = row(name)
     if chosen.reproduce is None:
@@ -62,7 +63,7 @@ def reproduce(
         )
     result = chosen.reproduce(scale, seed=seed, progress=common.show_progress(progress, json))
     if record:
-        _keep(result.to_json(), RECORDS / f"{chosen.slug}.json")
+        _keep(result.to_json(), record_file(chosen.slug, result.scale))
     numbers = [f"  {name:<40}{value:12.5g}" for name, value in result.metrics.items()]
     numbers += [f"  {name + ' (baseline)':<40}{value:12.5g}" for name, value in result.baselines.items()]
     checks = [f"  {'yes' if check not in result.failed() else 'NO ':<5}{check}" for check in result.checks]

@@ -8,7 +8,7 @@ import typer
 
 from headwise.cli import common
 
-TASKS = ("passkey", "needle", "multi-key", "multi-value", "variable-tracking", "perplexity")
+TASKS = ("passkey", "needle", "multi-key", "multi-value", "variable-tracking", "perplexity", "summary")
 
 
 def models(json: common.Json = False) -> None:
@@ -84,7 +84,8 @@ def evaluate(
         str, typer.Option("--task", "-t", help=f"One or more of {', '.join(TASKS)}, split by commas.")
     ] = "passkey",
     length: Annotated[int, typer.Option("--length", help="Tokens of each prompt, and of each window of text.")] = 1024,
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts of each recall task.")] = 8,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Prompts of each task but perplexity.")] = 8,
+    summary_tokens: Annotated[int, typer.Option("--summary-tokens", min=1, help="Tokens of a summary.")] = 64,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of text for the perplexity.")] = 4096,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts in one forward.")] = 1,
     seed: common.Seed = 0,
@@ -93,9 +94,11 @@ def evaluate(
     progress: common.Progress = None,
     json: common.Json = False,
 ) -> None:
-    """Measure recall and perplexity. Under a plan, everything is read through its cache, as `generate` would.
+    """Measure recall, perplexity, and how far summaries agree with those of the untouched model, each with a 95 % interval.
 
-    Example: headwise eval --plan plan.json --task passkey,perplexity
+    Under a plan, everything is read through its cache, as `generate` would.
+
+    Example: headwise eval --plan plan.json --task passkey,perplexity,summary
     """
     tasks = _tasks(task)
     loaded, tokenizer = common.load(model, dtype, device)
@@ -103,16 +106,21 @@ def evaluate(
     shown = common.show_progress(progress, json)
     results: dict[str, Any] = {}
     how = {"batch_size": batch_size, "progress": shown, "through": "cache" if plan else "one-forward"}
+    writing = {"new_tokens": summary_tokens, "batch_size": batch_size, "progress": shown}
+    summary = _Summary(loaded, tokenizer, prompts, length, seed, writing) if "summary" in tasks else None
     with common.attached(loaded, plan, edits, router):
         for name in tasks:
             if name == "perplexity":
                 results[name] = _perplexity(loaded, tokenizer, length, tokens, how)
+            elif summary and name == "summary":
+                results[name] = summary.agreement()
             else:
                 results[name] = _recall(name, loaded, tokenizer, length, prompts, seed, how)
     data = {"model": model, "plan": plan, "edits": edits, "router": router, "length": length}
     data["tasks"] = {name: r if isinstance(r, float) else r.to_dict() for name, r in results.items()}  # type: ignore[assignment]
-    lines = (f"{name:<12}{r:.3f}" if isinstance(r, float) else f"{name:<12}{r}" for name, r in results.items())
-    common.say(data, json, "\n".join(lines))
+    if "perplexity" in results:
+        data["perplexity_interval"] = results["perplexity"].interval
+    common.say(data, json, "\n".join(f"{name:<18}{r}" for name, r in results.items()))
 
 
 def demo(
@@ -192,12 +200,51 @@ def _recall(name: str, model: Any, tokenizer: Any, length: int, count: int, seed
     return exact_match(model, made, **how)
 
 
-def _perplexity(model: Any, tokenizer: Any, window: int, tokens: int, how: dict[str, Any]) -> float:
+class _Perplexity(float):
+    """A perplexity that knows its 95 % interval over the windows of text."""
+
+    interval: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{float(self):.3f} (one window of text: no interval)"
+        return f"{float(self):.3f} (95 % interval {self.interval[0]:.3f} to {self.interval[1]:.3f} over windows)"
+
+
+def _perplexity(model: Any, tokenizer: Any, window: int, tokens: int, how: dict[str, Any]) -> _Perplexity:
+    import math
+
     from headwise.errors import TaskError
-    from headwise.tasks.evaluate import perplexity
+    from headwise.tasks.agreement import bootstrap
+    from headwise.tasks.evaluate import window_losses
     from headwise.tasks.texts import encode, english
 
     ids = encode(tokenizer, english("eval")[: 12 * tokens])  # far more characters than a token has
     if len(ids) < tokens:
         raise TaskError(f"--tokens {tokens}: the packaged text has {len(ids)} tokens")
-    return perplexity(model, ids, window=window, tokens=tokens, **how)
+    losses = window_losses(model, ids, window=window, tokens=tokens, **how)
+    found = _Perplexity(math.exp(losses.mean().item()))
+    low, high = bootstrap(losses.tolist()) if len(losses) > 1 else (0.0, 0.0)
+    found.interval = (math.exp(low), math.exp(high)) if len(losses) > 1 else None
+    return found
+
+
+class _Summary:
+    """Summaries by the untouched model, made before anything is attached, and what to compare with them."""
+
+    def __init__(self, model: Any, tokenizer: Any, count: int, length: int, seed: int, writing: dict[str, Any]):
+        import torch
+
+        from headwise.tasks.agreement import continuations, make_documents
+
+        generator = torch.Generator().manual_seed(seed)
+        self.model, self.writing = model, writing
+        _fits(model, length + writing["new_tokens"])
+        self.documents = make_documents(tokenizer, count=count, length=length, generator=generator)
+        self.reference = continuations(model, self.documents, **writing)
+
+    def agreement(self) -> Any:
+        """Of the model as it is now with the model as it was."""
+        from headwise.tasks.agreement import Agreement, continuations
+
+        return Agreement.of(self.reference, continuations(self.model, self.documents, **self.writing))

@@ -6,7 +6,9 @@ Three rankings of the same units. `duo-gates` is the paper's optimisation; `duo-
 Letters: L layers, K kv heads, H query heads, G = H / K, N tokens, D head dim, C hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ PHRASE_FRAME = (
     "Keep in mind that the seventh pass-phrase is. What is the seventh pass-phrase? The seventh pass-phrase is:"
     + 9 * "\n"
 )
+Target = Literal["passkey", "text"]
 MULTIPLE = 16  # the lengths of training rows are multiples of this
 
 
@@ -132,6 +135,7 @@ def duo_instant(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    target: Target = "passkey",
     alpha: float = 0.7,
     signed: bool = True,
     prompts: int = 2,
@@ -145,11 +149,14 @@ def duo_instant(
     """Gates in seconds: how much the answer's loss would fall if a kv head's gate opened further, by one backward a prompt.
 
     Every head gives o = stream + alpha · (full - stream); the score is -dL/dalpha of its kv head, L the mean negative
-    log-likelihood of a passkey's digits, averaged over the prompts; with `signed=False` its absolute value.
+    log-likelihood of the target's tokens, averaged over the prompts; with `signed=False` its absolute value.
 
+    target: "passkey", the digits of a key hidden in text, for plans that retrieve; or "text", every token of English that stands
+      beyond sinks and window, for plans that read prose. `headwise.budget.duo` mixes two tables.
     alpha: where the derivative is taken; at 1 the model is unchanged, below it the heads that carry the answer are missed.
     signed: keep the sign; without it, heads whose opening harms count as those whose opening helps.
-    prompts: passkey prompts, at even depths between the sinks and the window: a key inside them needs no head to stay full.
+    prompts: passkey prompts, at even depths between the sinks and the window: a key inside them needs no head to stay full; or pieces
+      of text.
     length: tokens of a prompt; more than sinks + window.
     sinks: first tokens that a streaming head reads.
     window: latest tokens that a streaming head reads.
@@ -166,23 +173,24 @@ def duo_instant(
         raise ScoreError(f"alpha is {alpha}; it must lie in [0, 1]")
     pattern = _window_for(sinks, window, whole("length", length, 1, ScoreError))
     whole("prompts", prompts, 1, ScoreError)
+    if target not in get_args(Target):
+        raise ScoreError(f"target is {target!r}; it must be 'passkey' or 'text'")
     generator = torch.Generator().manual_seed(seed)
-    made = [
-        make_passkey(tokenizer, length=length, depth=depth, generator=generator, haystack=haystack)
-        for depth in _far_depths(prompts, pattern, length)
-    ]
+    losses = _target_losses(
+        model, tokenizer, target, _far_depths(prompts, pattern, length), length, generator, haystack
+    )
     gates = torch.full(need_gates(model), float(alpha), device=_device(model), requires_grad=True)
     with frozen(model), torch.enable_grad(), attach(model, transforms=[GateMix(gates, pattern)]):
-        for prompt in _track(made, "backward passes", progress):
-            (_answer_loss(model, prompt) / prompts).backward()
+        for loss in _track(losses, "backward passes", progress):
+            (loss(sinks + window) / prompts).backward()
     assert gates.grad is not None
     return HeadScores(
         values=-gates.grad if signed else gates.grad.abs(),
         kind="kv",
         method="duo-instant",
-        data=f"{prompts} passkeys in {length} tokens",
+        data=f"{prompts} {'passkeys in' if target == 'passkey' else 'texts of'} {length} tokens",
         fingerprint=fingerprint(model),
-        meta={"alpha": alpha, "signed": signed, "sinks": sinks, "window": window, "seed": seed},
+        meta={"target": target, "alpha": alpha, "signed": signed, "sinks": sinks, "window": window, "seed": seed},
     )
 
 
@@ -260,6 +268,36 @@ def _answer_loss(model: nn.Module, prompt: Prompt) -> Tensor:
     ids = torch.cat([prompt.ids.to(answer.device), answer[:-1]])[None]
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(answer)).logits[0, -len(answer) :]
     return F.cross_entropy(logits.float(), answer)
+
+
+def _target_losses(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    target: str,
+    depths: Sequence[float],
+    length: int,
+    generator: torch.Generator,
+    haystack: str | None,
+) -> list[Callable[[int], Tensor]]:
+    """One function a prompt, of how many tokens streaming heads read: the loss whose fall is wanted."""
+    if target == "passkey":
+        made = [make_passkey(tokenizer, length=length, depth=d, generator=generator, haystack=haystack) for d in depths]
+        return [partial(_passkey_loss, model, prompt) for prompt in made]
+    source = english() if haystack is None else haystack
+    texts = [torch.tensor(draw_tokens(tokenizer, source, length, generator)) for _ in depths]
+    return [partial(_text_loss, model, ids) for ids in texts]
+
+
+def _passkey_loss(model: nn.Module, prompt: Prompt, seen: int) -> Tensor:
+    return _answer_loss(model, prompt)
+
+
+def _text_loss(model: nn.Module, ids: Tensor, seen: int) -> Tensor:
+    """Mean negative log-likelihood of the tokens of ids (N,) from place `seen` on, where streaming heads no longer read all."""
+    ids = ids.to(_device(model))
+    keep = len(ids) - seen
+    logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=keep + 1).logits[0, :-1].float()
+    return F.cross_entropy(logits[-keep:], ids[seen:])
 
 
 def _lengths(

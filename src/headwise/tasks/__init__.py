@@ -1,5 +1,6 @@
 """Tasks: texts, prompts with a known answer, and the measures taken on them. No network, every draw from a generator."""
 
+from .agreement import Agreement, continuations, make_documents
 from .evaluate import Result, exact_match, generate_match, perplexity, wilson, window_losses
 from .keyvalue import make_keyvalues
 from .needle import NEEDLES, Needle, make_needle, make_needles
@@ -10,6 +11,7 @@ from .stories import stories
 from .texts import code, english, windows
 
 __all__ = [
+    "Agreement",
     "NEEDLES",
     "Needle",
     "Passphrases",
@@ -17,6 +19,7 @@ __all__ = [
     "Prompt",
     "Result",
     "code",
+    "continuations",
     "context_lengths",
     "english",
     "even_depths",
@@ -25,6 +28,7 @@ __all__ = [
     "generate_match",
     "make_keyvalues",
     "insert_needle",
+    "make_documents",
     "make_needle",
     "make_needles",
     "make_passkey",

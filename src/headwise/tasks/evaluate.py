@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import TaskError
+from .batches import Batch, Padding, collate, groups
 from .prompts import Prompt
 from .texts import windows
 
@@ -95,12 +96,14 @@ def exact_match(
     through: Through = "one-forward",
     tail: int = 1,
     step: int = 1,
+    padding: Padding = "left",
     cache: Callable[[], Cache] | None = None,
     progress: bool = False,
 ) -> Result:
     """Greedy exact match without generating: the arg-max at every answer token, given the right tokens before it.
 
-    All are right exactly when greedy decoding would write the answer. Batches are padded on the left.
+    All are right exactly when greedy decoding would write the answer. Batches are padded on the left, or on the right
+    where all is read in one forward.
     `through="cache"` prefills each prompt but for its last `tail` tokens, then feeds those and the answer `step` tokens at
     a time through the cache that came back (`step=0`: all at once). `cache` makes the cache of each batch; by default the
     model does. Raises TaskError for no prompts, or a prompt that exceeds the model's context.
@@ -115,10 +118,14 @@ def exact_match(
     _check_through(through)
     if tail < 1 or step < 0:
         raise TaskError(f"tail={tail} must be at least 1 and step={step} at least 0 (0: all in one step)")
+    if padding not in ("left", "right") or (padding == "right" and through == "cache"):
+        raise TaskError(
+            f"padding={padding!r}; it is 'left', or 'right' with through='one-forward': decoding goes on at the right end"
+        )
 
-    def predict(batch: _Batch) -> torch.Tensor:
+    def predict(batch: Batch) -> torch.Tensor:
         if through == "one-forward":
-            return _one_forward(model, batch).argmax(-1)
+            return _one_forward(model, batch, padding).argmax(-1)
         return _through_cache(model, batch, tail, step, cache).argmax(-1)
 
     return _match(model, prompts, predict, batch_size, progress)
@@ -138,7 +145,7 @@ def generate_match(
     """
     pad = getattr(model.generation_config, "pad_token_id", None)
 
-    def predict(batch: _Batch) -> torch.Tensor:
+    def predict(batch: Batch) -> torch.Tensor:
         kwargs: dict[str, Any] = {} if cache is None else {"past_key_values": cache()}
         out = model.generate(
             batch.ids,
@@ -213,24 +220,10 @@ def window_losses(
     return torch.cat(losses)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Prompts padded on the left, with answers of one length: ids and mask (B, N), answers (B, A)."""
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    answers: torch.Tensor
-
-    def with_answers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask (B, N + A - 1): the last answer token is only predicted, never read."""
-        fed = self.answers[:, :-1]
-        return torch.cat([self.ids, fed], 1), torch.cat([self.mask, torch.ones_like(fed)], 1)
-
-
 def _match(
     model: PreTrainedModel,
     prompts: Sequence[Prompt],
-    predict: Callable[[_Batch], torch.Tensor],
+    predict: Callable[[Batch], torch.Tensor],
     batch_size: int,
     progress: bool,
 ) -> Result:
@@ -239,8 +232,8 @@ def _match(
     _check_context(model, max(len(p.ids) + len(p.answer_ids) for p in prompts))
     predicted: dict[int, torch.Tensor] = {}
     with _measuring(model):
-        for members in _track(_groups(prompts, _positive(batch_size)), "exact match", progress):
-            rows = predict(_collate([prompts[i] for i in members], model.device)).cpu()
+        for members in _track(groups(prompts, _positive(batch_size)), "exact match", progress):
+            rows = predict(collate([prompts[i] for i in members], model.device)).cpu()
             predicted.update(zip(members, rows, strict=True))
     right = [predicted[i] == prompt.answer_ids for i, prompt in enumerate(prompts)]
     return Result(
@@ -250,36 +243,20 @@ def _match(
     )
 
 
-def _groups(prompts: Sequence[Prompt], batch_size: int) -> list[list[int]]:
-    """Indices of the prompts of each batch: equal answer lengths, and prompts of like lengths together."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].answer_ids), len(prompts[i].ids)))
-    groups: list[list[int]] = []
-    for i in order:
-        last = groups[-1] if groups else []
-        if last and len(last) < batch_size and len(prompts[last[0]].answer_ids) == len(prompts[i].answer_ids):
-            last.append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def _collate(prompts: Sequence[Prompt], device: torch.device) -> _Batch:
-    longest = max(len(p.ids) for p in prompts)
-    ids = torch.stack([F.pad(p.ids, (longest - len(p.ids), 0)) for p in prompts])
-    mask = torch.stack([F.pad(torch.ones_like(p.ids), (longest - len(p.ids), 0)) for p in prompts])
-    answers = torch.stack([p.answer_ids for p in prompts])
-    return _Batch(ids.to(device), mask.to(device), answers.to(device))
-
-
-def _one_forward(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
+def _one_forward(model: PreTrainedModel, batch: Batch, padding: Padding) -> torch.Tensor:
     """Logits (B, A, V) that predict the answer tokens."""
-    ids, mask = batch.with_answers()
     keep = batch.answers.shape[1]
-    return _call(model, ids, mask, 0, keep=keep, use_cache=False).logits[:, -keep:]
+    if padding == "left":
+        ids, mask = batch.with_answers()
+        return _call(model, ids, mask, 0, keep=keep, use_cache=False).logits[:, -keep:]
+    ids, mask, last = batch.padded_right()
+    logits = _call(model, ids, mask, 0, use_cache=False).logits
+    columns = last[:, None] + torch.arange(keep, device=last.device)
+    return logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[2]))
 
 
 def _through_cache(
-    model: PreTrainedModel, batch: _Batch, tail: int, step: int, cache: Callable[[], Cache] | None
+    model: PreTrainedModel, batch: Batch, tail: int, step: int, cache: Callable[[], Cache] | None
 ) -> torch.Tensor:
     """Logits (B, A, V) that predict the answer tokens, read through the cache after the prefill."""
     ids, mask = batch.with_answers()

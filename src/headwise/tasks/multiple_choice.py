@@ -5,8 +5,9 @@ What is right stands in the prompt itself, so that a model needs no knowledge to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Labels = Literal["letters", "shuffled", "random", "digits"]
+Form = Literal["recall", "question"]
+Brackets = Literal["()", "[]"]
 WORDS = (
     "red", "blue", "green", "black", "dog", "cat", "horse", "bird", "bread", "milk", "cheese", "apple", "iron", "gold",
     "silver", "stone", "river", "lake", "city", "road", "king", "queen",
@@ -35,12 +38,17 @@ def make_multiple_choice(
     shots: int = 2,
     options: int = 4,
     labels: Labels = "letters",
+    form: Form = "recall",
+    brackets: Brackets = "()",
     seed: int = 0,
     side: Side = "left",
 ) -> PromptPairs:
     """Solved questions, then one more: "red (A)\\ndog (B)\\n … dog (" with the answer "B". The twin asks for another option.
 
+    form: "recall" has each label behind its word and asks by the word alone. "question" is the form of examinations: "Which is dog?\\n
+    (A) red\\n(B) dog\\n … Answer: (", where a label stands before its word and says nothing of it when it is read.
     labels: "letters" A, B, C … in order; "shuffled": the same in another order; "random": other letters, drawn anew; "digits": 1, 2, 3.
+    brackets: around the labels.
     shots: solved questions; no word and no label of one is used again, so that nothing but the last question says what is right. Options
     take turns in being right. Marks, of the last question: `labels` (B, C) columns of the labels, `choices` (B, C) the labels as
     tokens, `correct` and `other` (B,) which option answers prompt and twin. Raises TaskError where words or labels do not suffice or
@@ -49,9 +57,11 @@ def make_multiple_choice(
     whole("count", count, 1, TaskError)
     whole("shots", shots, 0, TaskError, 16)
     whole("options", options, 2, TaskError, 8)
-    if labels not in get_args(Labels):
-        raise TaskError(f"labels={labels!r}; choose {', '.join(get_args(Labels))}")
-    words = [word for word in WORDS if len(encode(tokenizer, word)) == 1]
+    for name, value, known in (("labels", labels, Labels), ("form", form, Form), ("brackets", brackets, Brackets)):
+        if value not in get_args(known):
+            raise TaskError(f"{name}={value!r}; choose {', '.join(get_args(known))}")
+    space = " " if form == "question" else ""
+    words = [word for word in WORDS if len(encode(tokenizer, space + word)) == 1]
     if len(words) < (shots + 1) * options:
         raise TaskError(
             f"{shots} solved questions and one more with options={options} need {(shots + 1) * options} words, {len(words)} are one "
@@ -60,7 +70,8 @@ def make_multiple_choice(
     if (shots + 1) * options > len(RANDOM):
         raise TaskError(f"shots={shots} with options={options} need more than the {len(RANDOM)} letters there are")
     generator = torch.Generator().manual_seed(seed)
-    rows = [_row(tokenizer, words, labels, options, shots, n % options, generator) for n in range(count)]
+    write = partial(_question if form == "question" else _recall, *brackets)
+    rows = [_row(tokenizer, write, words, labels, options, shots, n % options, generator) for n in range(count)]
     prompts, twins, places, tokens, correct, other = zip(*rows, strict=True)
     return choice_pairs(prompts, twins, places, tokens, correct=correct, other=other, side=side)
 
@@ -104,8 +115,13 @@ def chosen(logits: Tensor, pairs: PromptPairs) -> Tensor:
     return logits.gather(1, pairs.marks["choices"].to(logits.device)).argmax(1)
 
 
+Written = tuple[list[int], str, list[int], list[int]]
+"""Token ids of one question up to the bracket behind which its answer goes, the closing bracket, places of its labels, labels as tokens."""
+
+
 def _row(
     tokenizer: PreTrainedTokenizerBase,
+    write: Callable[..., Written],
     words: list[str],
     labels: str,
     options: int,
@@ -116,26 +132,50 @@ def _row(
     """(prompt, twin, places of the labels, labels as tokens, right option, option of the twin)."""
     shown = _draw(words, (shots + 1) * options, generator)
     letters = _draw(RANDOM, (shots + 1) * options, generator)
-    ids: list[int] = []
+    solved: list[int] = []
     for start in range(options, (shots + 1) * options, options):
-        asked = start + int(torch.randint(options, (), generator=generator))
-        part = slice(start, start + options)
-        solved = f"\n{shown[asked]} ({letters[asked]})\n\n"
-        ids += [t for w, n in zip(shown[part], letters[part], strict=True) for t in encode(tokenizer, f"{w} ({n})\n")]
-        ids += encode(tokenizer, solved)
+        asked, part = int(torch.randint(options, (), generator=generator)), slice(start, start + options)
+        ids, close, _, tokens = write(tokenizer, shown[part], letters[part], asked)
+        solved += [*ids, tokens[asked], *encode(tokenizer, close + "\n\n")]
     names = letters[:options] if labels == "random" else _labels(labels, options, generator)
-    places, tokens = [], []
-    for word, name in zip(shown[:options], names, strict=True):
-        before, label = encode(tokenizer, f"{word} ("), encode(tokenizer, f"({name}")
-        if len(label) != len(encode(tokenizer, "(")) + 1:
-            raise TaskError(f"label {name!r} behind a bracket is not one token in this vocabulary")
-        places.append(len(ids) + len(before))
-        tokens.append(label[-1])
-        ids += [*before, label[-1], *encode(tokenizer, ")\n")]
     other = (correct + 1 + int(torch.randint(options - 1, (), generator=generator))) % options
-    ids += encode(tokenizer, "\n")
-    ask = [encode(tokenizer, f"{shown[k]} (") for k in (correct, other)]
-    return ids + ask[0], ids + ask[1], places, tokens, correct, other
+    (ids, _, places, tokens), twin = (write(tokenizer, shown[:options], names, asked) for asked in (correct, other))
+    return solved + ids, solved + twin[0], [len(solved) + at for at in places], tokens, correct, other
+
+
+def _recall(
+    left: str, right: str, tokenizer: PreTrainedTokenizerBase, words: Sequence[str], names: Sequence[str], asked: int
+) -> Written:
+    """red (A), dog (B), …, and one of the words again with an open bracket."""
+    ids: list[int] = []
+    places, tokens = [], []
+    for word, name in zip(words, names, strict=True):
+        before = encode(tokenizer, f"{word} {left}")
+        places.append(len(ids) + len(before))
+        tokens.append(_label(tokenizer, left, name))
+        ids += [*before, tokens[-1], *encode(tokenizer, f"{right}\n")]
+    return ids + encode(tokenizer, "\n") + encode(tokenizer, f"{words[asked]} {left}"), right, places, tokens
+
+
+def _question(
+    left: str, right: str, tokenizer: PreTrainedTokenizerBase, words: Sequence[str], names: Sequence[str], asked: int
+) -> Written:
+    """Which is dog? (A) red, (B) dog, …, and the answer with an open bracket."""
+    ids, bracket = encode(tokenizer, f"Which is {words[asked]}?\n"), encode(tokenizer, left)
+    places, tokens = [], []
+    for word, name in zip(words, names, strict=True):
+        places.append(len(ids) + len(bracket))
+        tokens.append(_label(tokenizer, left, name))
+        ids += [*bracket, tokens[-1], *encode(tokenizer, f"{right} {word}\n")]
+    return ids + encode(tokenizer, f"Answer: {left}"), right, places, tokens
+
+
+def _label(tokenizer: PreTrainedTokenizerBase, left: str, name: str) -> int:
+    """The token of a label behind a bracket."""
+    found = encode(tokenizer, f"{left}{name}")
+    if len(found) != len(encode(tokenizer, left)) + 1:
+        raise TaskError(f"label {name!r} behind a bracket is not one token in this vocabulary")
+    return found[-1]
 
 
 def _draw(words: Sequence[str], count: int, generator: torch.Generator) -> list[str]:

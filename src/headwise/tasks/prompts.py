@@ -154,6 +154,30 @@ def _fit(
     return best
 
 
+def build_to_length(
+    tokenizer: PreTrainedTokenizerBase,
+    before: str,
+    after: str,
+    length: int,
+    generator: torch.Generator,
+    haystack: str | None = None,
+) -> str:
+    """`before + text + after` with as much text, from a drawn paragraph on, as `length` tokens hold. Raises TaskError where none fits."""
+    if length + 1 > tokenizer.model_max_length:
+        raise TaskError(f"length={length} exceeds the context of {tokenizer.model_max_length} tokens")
+    source = draw_text(haystack, 8 * max(1, length) + 64, generator)
+    low, high = 0, len(source)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if len(encode(tokenizer, before + source[:middle] + after)) <= length:
+            low = middle
+        else:
+            high = middle
+    if low == 0:
+        raise TaskError(f"length={length} is too short for the question alone")
+    return before + source[:low] + after
+
+
 def _locate(
     tokenizer: PreTrainedTokenizerBase, text: str, answer: str, near: int, special: bool
 ) -> tuple[list[int], list[int], tuple[int, int]] | None:
