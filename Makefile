@@ -10,9 +10,9 @@ OUT    ?= report
 # Without a GPU: the tested versions, in one pip call, so that torch 2.13.0 (a CPU build where the registry has one) is never
 # replaced by a newer CUDA build. With a GPU: whatever torch fits the machine.
 ifeq ($(shell command -v nvidia-smi),)
-  INSTALL := -c constraints.txt torch==2.13.0 -e '.[demo,report,dev]'
+  INSTALL := -c constraints.txt torch==2.13.0 -e '.[demo,report,view,dev]'
 else
-  INSTALL := -e '.[demo,report,dev,gpu]'
+  INSTALL := -e '.[demo,report,view,dev,gpu]'
 endif
 
 export OMP_NUM_THREADS ?= 1
