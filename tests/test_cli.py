@@ -6,6 +6,7 @@ import sys
 from typing import Literal
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -15,7 +16,7 @@ from headwise.cli import app, generated, main
 from headwise.cli.common import jsonable
 from headwise.errors import HeadwiseError
 from headwise.papers import Check, Paper, Reproduction
-from headwise.papers.catalogue import Row, row, rows
+from headwise.papers.catalogue import Row, record_file, row, rows
 from headwise.registry import MethodError, register
 from headwise.units import HeadScores, HeadSet
 
@@ -168,7 +169,9 @@ def test_eval_prints_one_json_object(run, tmp_path):
         "-m",
         LLAMA,
         "--task",
-        "passkey,needle,perplexity",
+        "passkey,needle,perplexity,summary",
+        "--batch-size",
+        "2",
         "--length",
         "300",
         "--tokens",
@@ -180,10 +183,84 @@ def test_eval_prints_one_json_object(run, tmp_path):
         code, out, _ = run(*ask, *more, "--json")
         said = json.loads(out)
         assert code == 0
-        assert set(said["tasks"]) == {"passkey", "needle", "perplexity"}
+        assert set(said["tasks"]) == {"passkey", "needle", "perplexity", "summary"}
+        low, high = said["perplexity_interval"]
+        assert low <= said["tasks"]["perplexity"] <= high
+        agreement = said["tasks"]["summary"]["rouge_l"]
+        assert agreement["mean"] == 1.0 if not more else 0 <= agreement["low"] <= agreement["mean"] < 1
         assert said["tasks"]["passkey"]["prompts"] == 2
         assert said["tasks"]["perplexity"] > 1
     assert "exact" in run(*ask)[1]
+
+
+def test_a_plan_tells_its_bytes_by_layer_and_head_before_anything_runs(run, tmp_path):
+    HeadScores(values=torch.rand(3, 2), kind="kv", method="random").save(tmp_path / "s.safetensors")
+    ask = [
+        "plan",
+        "duo",
+        "--scores",
+        str(tmp_path / "s.safetensors"),
+        "--sparsity",
+        "0.5",
+        "-o",
+        str(tmp_path / "p.json"),
+    ]
+    assert "(give --head-dim or --machine for bytes)" in run(*ask)[1]
+    code, out, _ = run(*ask, "--head-dim", "64", "--length", "2048", "--batch", "2", "--json")
+    said = json.loads(out)
+    assert (
+        code == 0
+        and said["length"] == 2048
+        and sorted(n for row in said["head_tokens"] for n in row) == [320] * 3 + [2048] * 3
+    )
+    assert sum(map(sum, said["head_bytes"])) == sum(said["layer_bytes"]["2048"]) == 2 * 256 * 3 * (2048 + 320)
+    table = run(*ask, "--head-dim", "64", "--length", "2048")[1]
+    assert "by kv head at 2048 tokens" in table and "512" in table and len(table.splitlines()) > 6
+    made = json.loads(
+        run("plan", "snapkv", "-m", LLAMA, "--budget", "64tok", "-o", str(tmp_path / "q.json"), "--json")[1]
+    )
+    assert len(made["head_bytes"]) == 3 and all(n > 0 for row in made["head_bytes"] for n in row)
+
+
+def test_a_plan_for_a_target_latency(run, tmp_path, monkeypatch):
+    from headwise.attach import fingerprint
+    from headwise.budget import StepTime
+    from headwise.budget._step_time import Point
+    from headwise.hub import load_model
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    scores = HeadScores(
+        values=torch.rand(3, 2), kind="kv", method="random", fingerprint=fingerprint(load_model(LLAMA)[0])
+    )
+    scores.save(tmp_path / "s.safetensors")
+    ask = [
+        "plan",
+        "duo",
+        "--scores",
+        str(tmp_path / "s.safetensors"),
+        "-o",
+        str(tmp_path / "p.json"),
+        "--length",
+        "32768",
+    ]
+    assert "headwise calibrate" in run(*ask, "--latency", "12ms")[2]
+    code, out, _ = run(
+        "calibrate", "-m", LLAMA, "--batches", "1,8", "--lengths", "64,16384", "--repeats", "2", "--json"
+    )
+    timed = json.loads(out)
+    assert code == 0 and len(timed["points"]) == 4 and timed["file"].startswith(str(tmp_path))
+    known = StepTime.load(
+        timed["file"]
+    )  # the same model and machine, with times that do not depend on what else runs here
+    slow = [Point(b, t, 1536 * b * t, 2 + b + 1536 * b * t / 1e6) for b in (1, 4) for t in (64, 4096, 32768)]
+    labels = {name: getattr(known, name) for name in ("device", "dtype", "head_dim", "fingerprint")}
+    StepTime.fit(slow, **labels).save(timed["file"])
+    for more in ([], ["--machine", timed["file"]]):
+        said = json.loads(run(*ask, "--latency", "0.1s", "--batch", "4", "--json", *more)[1])
+        assert 60 < said["step_ms"] <= 100 and said["budget"].endswith(" B")
+    assert "not both" in run(*ask, "--latency", "12s", "--budget", "50%")[2]
+    assert "before any key is read" in run(*ask, "--latency", "0.0000001ms")[2]
+    assert "no budget" in run(*ask, "--latency", "soon")[2]
 
 
 def test_the_same_seed_gives_the_same_sample(run):
@@ -440,6 +517,25 @@ def test_works_needs_an_api_and_a_record_that_holds(monkeypatch):
         assert made.status == "partial"
         assert any(problem in text for text in made.problems())
     assert fake(monkeypatch, status="partial").problems() == []
+
+
+def test_runs_of_both_scales_are_kept_and_each_must_hold(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("headwise.papers.catalogue.RECORDS", tmp_path)
+    made = fake(monkeypatch, record=reproduction(0.1))
+    assert [r.scale for r in made.records] == ["cpu"] and made.status == "works"
+    larger = reproduction(0.1, scale="gpu")
+    record_file("moh", "gpu").write_text(larger.to_json())
+    assert [r.scale for r in made.records] == ["cpu", "gpu"] and made.status == "works"
+    record_file("moh", "gpu").write_text(reproduction(0.5, scale="gpu").to_json())
+    assert made.status == "partial" and "this is false" in made.problems()[0]
+
+    def measure(scale, *, seed, progress):
+        return reproduction(0.1, scale=scale)
+
+    monkeypatch.setattr(headwise.papers, "row", lambda name: fake(monkeypatch, function=measure))
+    for scale in ("cpu", "gpu"):
+        assert run("reproduce", "moh", "--json", "--scale", scale, "--record")[0] == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["moh.gpu.json", "moh.json"]
 
 
 @pytest.mark.parametrize("top, code", [(0.1, 0), (0.5, 1)])

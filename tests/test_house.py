@@ -16,7 +16,7 @@ import headwise
 from distributed_helper import RankError, run_distributed
 
 HOME = Path(__file__).parents[1]
-OPTIONAL = {"triton", "timm", "diffusers", "plotly", "gguf", "PIL", "torchvision"}
+OPTIONAL = {"triton", "timm", "diffusers", "plotly", "gguf", "PIL", "torchvision", "dash", "waitress"}
 
 
 def load_tool(name: str):
@@ -112,7 +112,7 @@ def test_constraints_pin_every_dependency_without_local_builds():
     pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
     project = tomllib.loads((HOME / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["demo"], *extras["report"], *extras["dev"]]
+    wanted = [*project["dependencies"], *extras["demo"], *extras["report"], *extras["view"], *extras["dev"]]
     assert {re.split(r"[<>=;\[ ]", w)[0].lower() for w in wanted} <= pinned
 
 

@@ -142,7 +142,7 @@ def test_parquet_goes_in_and_out(tmp_path, monkeypatch):
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ScoreError, match="pip install pyarrow"):
+    with pytest.raises(ScoreError, match=r"pip install .headwise\[parquet\]"):
         _corpus.kind(Path("a.parquet"))
 
 
@@ -187,3 +187,22 @@ def test_bad_options_end_with_one_line(corpus, tmp_path, capsys):
 
 def test_undefined_scores_are_null_in_the_file():
     assert _select_job._plain({"a": math.nan, "b": [math.inf, 1.0]}) == {"a": None, "b": [None, 1.0]}
+
+
+def test_parquet_in_and_out(corpus, tmp_path):
+    """The same documents kept as from JSON Lines, with every column; more rows than one group holds are read in order."""
+    pytest.importorskip("pyarrow", reason="Parquet is an extra: pip install 'headwise[parquet]'")
+    rows = read(corpus)
+    table, out, other = tmp_path / "corpus.parquet", tmp_path / "out.parquet", tmp_path / "out.jsonl"
+    assert _corpus.write(table, rows) == 14
+    assert [row for _, row in _corpus.rows([table])] == rows
+    assert command(table, "-o", out, "--domain-field", "source", "--keep", "0.5") == 0
+    assert command(corpus, "-o", other, "--domain-field", "source", "--keep", "0.5") == 0
+    kept = [row for _, row in _corpus.rows([out])]
+    assert kept == read(other) and {"text", "source", "id", "attention_influence"} <= set(kept[0])
+    many = tmp_path / "many.parquet"
+    assert _corpus.write(many, ({"text": str(i)} for i in range(2 * _corpus.ROWS + 3))) == 2 * _corpus.ROWS + 3
+    found = [(where, row["text"]) for where, row in _corpus.rows([many])]
+    assert [int(text) for _, text in found] == list(range(2 * _corpus.ROWS + 3)) and found[4][0].endswith("row 5")
+    with pytest.raises(ScoreError, match="row 1: no text under 'body'"):
+        Fields("body").read({"text": "a"}, f"{many}, row 1")

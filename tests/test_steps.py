@@ -175,3 +175,21 @@ def test_capture_names_what_it_needs():
         headwise.attach(model, capture=True)
     with pytest.raises(headwise.errors.AttachError, match="on cpu"):
         headwise.attach(model, plan=half(model), capture=True)
+
+
+def counted(function, calls):
+    """The same function, which notes its calls."""
+    return lambda **options: calls.append(options) or function(**options)
+
+
+def test_beams_do_not_move_the_books_at_every_token():
+    """Rows that change at every token end the steps at once: after the second time they stay on the host, and the text is the same."""
+    model, texts, begun = tiny(), [], []
+    plan, batch = half(model), padded((20, 9))
+    for everywhere in (False, True):
+        cache = HeadwiseCache(plan)
+        cache.begin_steps = counted(cache.begin_steps, begun)
+        with headwise.attach(model, plan=plan) as attached:
+            attached.controller.steps_everywhere = everywhere
+            texts.append(generate(model, batch, new=12, num_beams=3, past_key_values=cache))
+    assert torch.equal(*texts) and 0 < len(begun) <= 4

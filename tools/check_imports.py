@@ -16,7 +16,19 @@ VERBS = ("route", "score", "budget", "steer", "scale")
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "callable_module"),
     ("checks", "registry", "storage", "addresses", "units", "patterns", "plan", "selection", "edits", "expert_edits"),
-    ("attention", "keyscores", "stores", "window_store", "selected_store", "steps", "cache", "attach", "hub", "models", "tasks"),
+    (
+        "attention",
+        "keyscores",
+        "stores",
+        "window_store",
+        "selected_store",
+        "steps",
+        "cache",
+        "attach",
+        "hub",
+        "models",
+        "tasks",
+    ),
     VERBS,
     ("papers", "report", "bench", ""),  # "" is the package itself: `import headwise`, the public face
     ("view",),

@@ -9,7 +9,7 @@ Statuses are computed (see `headwise.papers.catalogue`): nobody types them.
 import sys
 from pathlib import Path
 
-from headwise.papers import Row, rows
+from headwise.papers import Reproduction, Row, rows
 
 HOME = Path(__file__).parents[1]
 BEGIN = "<!-- papers: made by tools/papers_table.py, do not edit -->"
@@ -42,11 +42,15 @@ def section(row: Row) -> str:
     """Claim, command and recorded numbers of one system."""
     assert row.paper
     lines = [f"\n## {row.id} {row.title}", f"Claim: {row.paper.claim}\n", f"Run it: `headwise reproduce {row.slug}`\n"]
-    if row.record is None:
+    if not row.records:
         return "\n".join([*lines, "No run is recorded yet."])
-    record = row.record
+    return "\n".join([*lines, "\n\n".join(measured(record) for record in row.records)])
+
+
+def measured(record: Reproduction) -> str:
+    """The numbers of one recorded run."""
     machine = ", ".join(f"{name} {value}" for name, value in record.environment.items())
-    lines += [
+    lines = [
         f"Recorded at scale `{record.scale}` in {record.seconds:.0f} s ({machine}):\n",
         "| measured | value |",
         "|---|---|",

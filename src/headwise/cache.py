@@ -26,6 +26,7 @@ from headwise.steps import ROOM, Steps
 from headwise.stores import Columns, FullStore, Reader, Store
 from headwise.window_store import WindowStore
 
+FEW = 4  # tokens for which moving the books to the device and back is not worth it
 Layers = Tensor | Sequence[Tensor]  # the same for every layer, or one for each
 
 
@@ -45,6 +46,8 @@ class HeadwiseCache(Cache):
             for layer in range(plan.layers)
         ]
         super().__init__(layers=layers)
+        self._last: Steps | None = None
+        self._short = 0  # how often steps ended after a few tokens
 
     @property
     def nbytes(self) -> int:
@@ -61,34 +64,35 @@ class HeadwiseCache(Cache):
 
         None, and nothing changes, where our kernels do not run (`everywhere` takes torch's operations there) or where a pattern's slots
         follow no rule that a device can count by: windows that lengthen with the text, and compensation tokens. What is no such step
-        (a chunk, beams, taking back) ends them by itself.
+        (a chunk, beams, taking back) ends them by itself; where that happens at once and again, they do not begin any more.
         """
         if not self.countable(everywhere=everywhere):
             return None
-        layers: list[HeadwiseLayer] = self.layers  # type: ignore[assignment]
+        layers: list[HeadwiseLayer] = self.layers
         first = layers[0]
         seen, room = first.columns(), max(ROOM, first.seen // ROOM)
         found = []
         for layer in layers:
             found.append([ring for store in layer.stores for ring in store.rings(seen, room)])
         last = torch.tensor([first.seen - 1 - row for row in first.rows], device=first.device)
-        steps = Steps(found, last)
+        self._short += self._last is not None and self._last.count < FEW
+        steps = self._last = Steps(found, last)
         for layer in layers:
             layer.steps = steps
         return steps
 
     def countable(self, *, everywhere: bool = False) -> bool:
         """Would `begin_steps` begin?"""
-        layers: list[HeadwiseLayer] = self.layers  # type: ignore[assignment]
+        layers: list[HeadwiseLayer] = self.layers
         first = layers[0]
-        if not first.seen or not (everywhere or unable(first.like) is None):
+        if not first.seen or self._short > 1 or not (everywhere or unable(first.like) is None):
             return False
         return all(layer.seen == first.seen and layer.device == first.device and layer.countable for layer in layers)
 
     def settle(self) -> None:
         """End the steps, if they have begun: the host knows again what is held where."""
         for layer in self.layers:
-            layer.settle()  # type: ignore[attr-defined]
+            layer.settle()
 
     def fill(self, k: Layers, v: Layers, q: Layers | None = None) -> HeadwiseCache:
         """As if a prompt had been read whose keys and values are k, v (B, K, T, D), in every layer or one for each; returns the cache.

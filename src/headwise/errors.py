@@ -51,3 +51,7 @@ class RouteError(HeadwiseError, ValueError):
 
 class BenchError(HeadwiseError, RuntimeError):
     """A measurement that must not be shown: its result is wrong, or the machine lacks what it needs."""
+
+
+class ViewError(HeadwiseError, ValueError):
+    """Something that the explorer cannot show or write: a prompt that is too long, a name that leads out of its folder."""

@@ -35,7 +35,7 @@ class Steps:
         )
         self.slot = torch.zeros_like(self.at)
         rooms = [ring.room for layer in self.rings for ring in layer if ring.room is not None]
-        self.left = min(rooms, default=None)  # type: ignore[type-var]
+        self.left = min(rooms, default=None)
         self.count = 0  # tokens taken
         self.closed = False  # has a layer settled?
         if self.fast:

@@ -86,6 +86,52 @@ def test_tokens_of_joint_attention_are_read_from_the_call(name, text):
     assert all(parts == (image_first if name == "sd3" else text_first) for parts in found.values())
 
 
+@EACH
+def test_layers_in_which_nothing_is_done_have_no_hook(name):
+    made, batch = model(name), inputs(name)
+    stack, plain = find_stack(made), hooks(made)[0]
+    with attach(made, edits=Edit.zero(HeadSet.parse("L1H0"))):
+        hooked = [bool(m._forward_hooks or m._forward_pre_hooks) for m in stack.modules]
+        assert hooked == [layer == 1 for layer in range(stack.layers)]
+        changed = predict(made, batch)
+    assert hooks(made)[0] == plain and not torch.equal(changed, predict(made, batch))
+
+
+def test_an_attachment_can_be_laid_down_and_taken_up():
+    made, batch = model("sd3"), inputs("sd3")
+    plain = predict(made, batch)
+    handle = attach(made, edits=Edit.zero(HeadSet.parse("L1H0")))
+    changed = predict(made, batch)
+    for _ in range(2):
+        handle.suspend()
+        handle.suspend()
+        assert torch.equal(predict(made, batch), plain)
+        with attach(made, edits=Edit.zero(HeadSet.parse("L0H0"))):  # another one comes and goes meanwhile
+            assert not torch.equal(predict(made, batch), plain)
+        handle.resume()
+        handle.resume()
+        assert torch.equal(predict(made, batch), changed)
+    handle.suspend()
+    handle.detach()
+    assert torch.equal(predict(made, batch), plain) and not any(hooks(made)[0])
+    with pytest.raises(AttachError, match="was detached"):
+        handle.resume()
+
+
+def test_a_single_stream_alone_knows_its_text_tokens():
+    made, found = model("flux"), {}
+
+    class Look:
+        in_layers = (3,)
+
+        def __call__(self, call, out):
+            found[call.layer] = segments(call)
+
+    with attach(made, observers=[Look()]):
+        predict(made, inputs("flux", text=5))
+    assert found == {3: {"text": slice(0, 5), "image": slice(5, 21)}}
+
+
 def test_fused_projections_and_another_grid():
     made, found = model("flux"), {}
     made.fuse_qkv_projections()

@@ -72,6 +72,23 @@ def test_every_moe_class_is_found_and_dense_models_are_refused(model):
         find_experts(torch.nn.Linear(2, 2))
 
 
+def test_weights_of_one_expert_are_views_found_by_its_address(model, ids):
+    stack = find_experts(model)
+    number = stack.numbers()[-1]
+    mine = stack.weights(f"L{number}E1")
+    assert {"gate_up_proj", "down_proj"} <= set(mine) and all(part.ndim <= 2 for part in mine.values())
+    with attach_experts(model, edits=ExpertEdits.scale(f"L{number}E1", 0.0)):
+        without = logits(model, input_ids=ids)
+    with torch.no_grad():
+        for name, part in mine.items():
+            if name.startswith("down_proj"):
+                part.zero_()  # of the model's own parameter
+    torch.testing.assert_close(logits(model, input_ids=ids), without, rtol=1e-4, atol=1e-4)
+    for address, text in ((f"L{number}E99", "names no routed expert"), ("L0H0", "E0 to E"), ("L77E0", "in layers")):
+        with pytest.raises(UnitError, match=text):
+            stack.weights(address)
+
+
 def test_nothing_active_is_bit_identical_and_leaves_no_hook(model, ids):
     before = logits(model, input_ids=ids)
     with attach_experts(model, edits=ExpertEdits()):

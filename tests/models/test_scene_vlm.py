@@ -7,7 +7,7 @@ from headwise.attach import find_stack
 from headwise.attach.images import block, decoder_stack
 from headwise.errors import TaskError
 from headwise.hub import load_model
-from headwise.models.scene_vlm import RESERVED, save_scene_vlm, scene_vlm, train_scene_vlm
+from headwise.models.scene_vlm import RESERVED, SceneData, save_scene_vlm, scene_vlm, train_scene_vlm
 from headwise.tasks.descriptions import describe
 from headwise.tasks.scenes import make_scenes
 
@@ -27,13 +27,13 @@ def residual(model, inputs):
 
 
 def test_training_lowers_the_loss_and_keeps_dimensions_free(tmp_path):
-    model = train_scene_vlm(steps=12, batch=16, pool=64)
+    model = train_scene_vlm(steps=12, data=SceneData(batch=16, pool=64))[0]
     inputs = make_scenes(32, generator=torch.Generator().manual_seed(5)).training()
     with torch.no_grad():
         before, after = scene_vlm()(**inputs).loss, model(**inputs).loss
     assert after < before - 0.2 and not model.training
     assert not residual(model, inputs)[..., -RESERVED:].any()
-    again = train_scene_vlm(steps=12, batch=16, pool=64)
+    again = train_scene_vlm(steps=12, data=SceneData(batch=16, pool=64))[0]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     save_scene_vlm(model, tmp_path)
     loaded, tokenizer = load_model(str(tmp_path))

@@ -3,22 +3,48 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from headwise.errors import HeadwiseError
+from headwise.hub import load_model
 from headwise.papers import Reproduction
 from headwise.papers import moh as paper
+from headwise.papers._moh_conversion import measure_conversion, shuffled
 from headwise.papers._moh_dialects import measure_dialects
+from headwise.route._fit_steps import FitRecipe, fit_heads
 
 TINY = replace(
-    paper.SCALES["cpu"], eval_tokens=1024, fit_tokens=512, steps=1, batch_size=1, window=64, rules=("first", "fitted")
+    paper.SCALES["cpu"],
+    eval_tokens=512,
+    fit=FitRecipe(tokens=1024, **paper.BEST),
+    passkeys=1,
+    steps=1,
+    batch_size=1,
+    window=64,
+    rules=("first", "fitted"),
 )
 
 
 def test_conversion_is_measured_for_every_rule_and_count():
-    routed, static = paper.measure_conversion("tiny-random-llama", TINY)
-    assert set(static) == {"ppl_dense", *(f"ppl_{n}of9_static_{s}" for n in (7, 6) for s in ("layer", "global"))}
-    assert set(routed) == {f"ppl_{n}of9_{r}" for n in (7, 6) for r in ("first", "none", "importance", "fitted")}
-    assert len(set(routed.values())) == 4  # of 4 heads, both shares keep 3
+    routed, dense = measure_conversion("tiny-random-llama", TINY)
+    static = {f"ppl_{n}of9_static_{s}" for n in (7, 6) for s in ("layer", "global")}
+    assert static | {"ppl_dense", "ppl_code_dense", "ppl_stories_dense", "passkey_dense"} <= set(dense)
+    assert {f"ppl_{n}of9_{r}" for n in (7, 6) for r in ("first", "none", "importance", "fitted")} <= set(routed)
+    for n in (7, 6, 5):
+        grown = routed[f"ppl_stories_{n}of9_fitted"] / dense["ppl_stories_dense"] - 1
+        assert routed[f"growth_stories_{n}of9"] == pytest.approx(grown)
+    assert dense["ppl_stories_7of9_shuffled"] != routed["ppl_stories_7of9_fitted"]
+
+
+def test_the_shuffled_control_keeps_everything_but_the_choice():
+    model, tokenizer = load_model("tiny-random-llama")
+    router = fit_heads(model, tokenizer, TINY.fit).dealt(6)
+    other = shuffled(router, 0)
+    assert other.active_counts() == router.active_counts()
+    for mine, theirs in zip(router.layers, other.layers, strict=True):
+        assert torch.equal(mine.W.sort(0).values, theirs.W.sort(0).values)
+        assert torch.equal(mine.fill, theirs.fill)
+    assert any(not torch.equal(a.W, b.W) for a, b in zip(router.layers, other.layers, strict=True))
 
 
 def test_recovery_trains_dense_and_converted_alike():
@@ -51,7 +77,7 @@ def test_the_verdict_can_be_false():
     names = {side for check in paper.CHECKS for side in (check.left, check.right) if isinstance(side, str)}
     same = Reproduction("moh", paper.PAPER.claim, "cpu", dict.fromkeys(names, 1.0), {}, paper.CHECKS, 1.0)
     assert not same.holds
-    assert len(same.failed()) == 8
+    assert len(same.failed()) == 12
 
 
 def test_unknown_scales_are_refused():

@@ -280,6 +280,29 @@ def test_the_instant_score_is_the_slope_of_the_answers_loss():
         assert -(losses[0] - losses[1]) / 2e-2 == pytest.approx(scores.values[place].item(), rel=0.05, abs=1e-5)
 
 
+def test_the_instant_score_of_text_is_the_slope_of_its_loss():
+    from headwise.tasks import english
+    from headwise.tasks.texts import draw_tokens
+
+    model, tokenizer = load_model("tiny-random-llama", dtype="float64")
+    scores = duo_instant(model, tokenizer, target="text", prompts=1, length=80, sinks=4, window=16, seed=3)
+    assert scores.meta["target"] == "text" and scores.data == "1 texts of 80 tokens"
+    ids = torch.tensor([draw_tokens(tokenizer, english(), 80, torch.Generator().manual_seed(3))])
+
+    def loss(**gates):
+        with torch.no_grad(), attach(model, **gates):
+            said = model(ids).logits[0].log_softmax(-1)
+        return -said[torch.arange(19, 79), ids[0, 20:]].mean().item()
+
+    for place in [(0, 1), (2, 0)]:
+        found = []
+        for shift in (1e-2, -1e-2):
+            gates = torch.full((3, 2), 0.7, dtype=torch.float64)
+            gates[place] += shift
+            found.append(loss(transforms=[GateMix(gates, SinkWindow(4, 16))]))
+        assert -(found[0] - found[1]) / 2e-2 == pytest.approx(scores.values[place].item(), rel=0.05, abs=1e-5)
+
+
 def test_stream_difference_is_the_move_of_the_layers_output(model):
     _, tokenizer = load_model("tiny-random-llama")
     scores = stream_difference(model, tokenizer, texts=1, length=60, sinks=4, window=16, seed=2)
@@ -320,6 +343,7 @@ def test_two_rankings_mix():
     [
         ({"alpha": 1.5}, "alpha is 1.5"),
         ({"prompts": 0}, "prompts is 0"),
+        ({"target": "poems"}, "target is 'poems'"),
         ({"length": 144}, "sinks \\+ window 144"),
         ({"sinks": -2}, "sinks is -2"),
     ],

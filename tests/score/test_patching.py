@@ -7,9 +7,10 @@ from tests.handwired import INDUCTION, PREVIOUS, handwired_induction
 import headwise.score as S
 from headwise.errors import AttachError, ScoreError, TaskError, UnitError, WrongModelError
 from headwise.hub import load_model
-from headwise.score._patching import Sweep, column_mask, record
+from headwise.score._patching import column_mask, record
 from headwise.score._patching_reference import patch_one, path_one
 from headwise.score._paths import Paths
+from headwise.score._sweep import Sweep
 from headwise.score.activation_patching import activation_patching
 from headwise.score.attribution_patching import attribution_patching
 from headwise.score.logit_attribution import attribute
@@ -42,7 +43,7 @@ def test_a_sweep_is_one_forward_per_head(model, tokens):
     where = column_mask(p, tokens)
     sweep = Sweep(model, p, where, rows=7)
     other = record(model, p, p.corrupt)
-    fast = sweep.all_heads(other.z.__getitem__)
+    fast = sweep.all_units(other.z.__getitem__)
     for unit in ("L0H0", "L1H3", "L2H2"):
         layer, head = HeadSet.parse(unit).pairs()[0]
         close(fast[layer, head], patch_one(model, p, sweep.base, other.z, unit, where))
@@ -176,7 +177,7 @@ def test_a_first_order_estimate_is_exact_where_the_model_is_linear():
     where = column_mask(p, "last")
     sweep, other = Sweep(model, p, where), record(model, p, p.corrupt)
     small = [0.999 * z + 0.001 * o for z, o in zip(sweep.base.z, other.z, strict=True)]
-    after = sweep.all_heads(small.__getitem__)
+    after = sweep.all_units(small.__getitem__)
     moved = (after - sweep.base.difference).mean(-1) * 1000
     gap = (other.difference - sweep.base.difference).mean()
     slope = attribution_patching(model, None, pairs=p, tokens="last").values * gap

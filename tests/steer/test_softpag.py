@@ -6,7 +6,9 @@ from torch import nn
 
 import headwise
 from headwise.attach import attach, fingerprint
+from headwise.edits import Edit, HeadEdits
 from headwise.errors import EditError, UnitError
+from headwise.hub import load_model
 from headwise.steer import FlowSampler, Perturbation, guided, push, push_with_cfg
 from headwise.steer._perturb import Candidates, strength_table
 from headwise.units import HeadSet
@@ -66,6 +68,24 @@ def test_guidance_is_affine_in_w_and_exact_at_zero():
     with p.attached(model):
         degraded = logits(model)
     torch.testing.assert_close(found[1.0], 2 * plain - degraded)
+
+
+def test_a_guided_model_is_attached_once_and_left_as_it_was(monkeypatch):
+    from headwise.steer import _guide
+
+    made = []
+    monkeypatch.setattr(_guide, "attach", lambda *args, **kw: made.append(attach(*args, **kw)) or made[-1])
+    model, _ = load_model("tiny-random-vit")
+    pixels, edits = torch.randn(1, 3, 32, 32), HeadEdits.of(Edit.mix_v(HeadSet.parse("L0H1"), 1.0))
+    with torch.no_grad():
+        plain = model(pixel_values=pixels)[0]
+        with attach(model, edits=edits):
+            degraded = model(pixel_values=pixels)[0]
+        with guided(model, edits, w=2.0):
+            pushed = [model(pixel_values=pixels)[0] for _ in range(3)]
+        assert torch.equal(model(pixel_values=pixels)[0], plain)
+    assert len(made) == 1 and not made[0].attached
+    assert all(torch.equal(one, plain + 2.0 * (plain - degraded)) for one in pushed)
 
 
 def test_push_with_and_without_classifier_free_guidance():

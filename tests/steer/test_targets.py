@@ -257,6 +257,6 @@ def test_a_bad_perturbation_is_refused(options, words):
 
 def test_view_is_made_of_the_call():
     c = call(H=8, K=2)
-    view = View(c, (1, 4), torch.zeros(2, 14, 2, 8), slice(0, 14), {})
-    assert view.kv == slice(0, 2)
+    view = View(c, (1, 4), torch.zeros(2, 14, 2, 8), slice(0, 14))
+    assert view.kv == slice(0, 2, 1)
     assert view.own_probability().shape == (2, 14, 2, 1)

@@ -77,7 +77,7 @@ class Capture:
             for name, value in inputs.items():
                 self.graph.inputs[name].copy_(value)
             for layer in cache.layers:
-                layer.seen += 1  # type: ignore[attr-defined]
+                layer.seen += 1
             steps.counted(1)
         self.graph.graph.replay()
         self.replays += 1
@@ -96,7 +96,7 @@ class Capture:
     ) -> Graph | None:
         static = {name: x.clone() for name, x in inputs.items()}
         plain = {name: x for name, x in given.items() if name not in (*DROPPED, *static)}
-        layers: list[HeadwiseLayer] = cache.layers  # type: ignore[assignment]
+        layers: list[HeadwiseLayer] = cache.layers
         before = layers[0].seen, steps.count, steps.left
         graph = torch.cuda.CUDAGraph()
         try:

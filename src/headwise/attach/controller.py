@@ -21,8 +21,8 @@ from headwise.attach import hook
 from headwise.attach.capture import Capture
 from headwise.attach.edit import localize
 from headwise.attach.locate import Stack
-from headwise.attention.sdpa import MASK_ELEMENTS
 from headwise.attach.site import Intervention, Site, concerns, in_order
+from headwise.attention.sdpa import MASK_ELEMENTS
 from headwise.cache import HeadwiseCache
 from headwise.errors import AttachError, CacheError
 from headwise.plan import HeadPlan, Pattern, SinkWindow

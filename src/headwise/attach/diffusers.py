@@ -102,6 +102,8 @@ def segments(call: HeadCall) -> dict[str, slice]:
     The order and the counts are those of this very call: [image, text] in SD3, [text, image] in FLUX.
     """
     found = call.options.get("segments")
+    if callable(found):
+        found = call.options["segments"] = found()
     return found if isinstance(found, dict) else {}
 
 

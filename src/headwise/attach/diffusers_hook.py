@@ -9,6 +9,7 @@ Letters: B batch, H query heads, K kv heads, N queries, M keys, D head dim.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,8 @@ REMEDY = (
     "its attention does not end in torch's scaled_dot_product_attention (another attention backend, a linear attention, or a "
     "processor of its own kernel): call model.set_attention_backend('native'), or choose a model whose attention does"
 )
+PROBE_IMAGE, PROBE_TEXT = 5, 3
+ATTENTION = F.scaled_dot_product_attention
 SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -49,8 +52,9 @@ def sdpa(
     return out.transpose(1, 2), None
 
 
-_PROVED: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
-"""Kinds of attention modules of each model that are known to be reached: a sampler attaches at every step."""
+_PROVED: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool | None]] = weakref.WeakKeyDictionary()
+"""Kinds of attention modules of each model that are known to be reached, and whether their joint attention puts the image first
+(None: unknown): a sampler attaches at every step, and neither proof nor order may cost it a wait for the device."""
 
 
 class _Watch(TorchFunctionMode):
@@ -62,8 +66,8 @@ class _Watch(TorchFunctionMode):
         self.seen = 0
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+        if func is not ATTENTION:
+            return func(*args, **kwargs) if kwargs else func(*args)
         self.seen += 1
         if self.seen > 1 or not self.site.active:
             return func(*args, **(kwargs or {}))
@@ -73,23 +77,20 @@ class _Watch(TorchFunctionMode):
             "scaling": given.get("scale"),
             "is_causal": bool(given.get("is_causal")),
             "dropout": given.get("dropout_p") or 0.0,
-            "segments": self._segments(q, v),
+            "segments": functools.partial(self._segments, q.shape[2], v),  # few interventions ask
             "cross": self.text is not None and self.text is not self.image and not is_joint(self.module),
         }
         out, _ = self.site.run(self.module, q, k, v, _four_dimensional(given.get("attn_mask"), q), options)
         return out.transpose(1, 2)
 
-    def _segments(self, q: Tensor, v: Tensor) -> dict[str, slice]:
-        controller, N = self.site.controller, q.shape[2]
+    def _segments(self, N: int, v: Tensor) -> dict[str, slice]:
+        controller = self.site.controller
         assert isinstance(controller, DiffusersController)
-        if q.shape[2] != v.shape[2] or self.image is None:
+        if v.shape[2] != N or self.image is None:
             return {}
-        n = self.image.shape[1]
         if is_joint(self.module) and self.text is not None:
-            m = self.text.shape[1]
-            first = _image_first(self.module, self.image, v, m)
-            controller.joint = None if first is None else (first, m)
-            return _slices(first, n, m) if n + m == N else {}
+            n, m = self.image.shape[1], self.text.shape[1]
+            return _slices(controller.image_first(self.module, self.image, v, m), n, m) if n + m == N else {}
         if controller.joint is not None and controller.image_tokens != N:  # a single stream behind joint blocks
             first, m = controller.joint
             return _slices(first, N - m, m)
@@ -110,9 +111,6 @@ def _image_first(module: nn.Module, image: Tensor, v: Tensor, text: int) -> bool
 
     Both places hold image tokens or text tokens of one batch row, so the nearer one is the place, if it is near at all.
     """
-    known = module.__dict__.get("_headwise_image_first")
-    if known is not None:
-        return known
     to_v, fused = getattr(module, "to_v", None), getattr(module, "to_qkv", None)
     if fused is not None and getattr(module, "fused_projections", False):
         own = fused(image[:1, :1])[..., -v.shape[1] * v.shape[3] :]
@@ -125,7 +123,6 @@ def _image_first(module: nn.Module, image: Tensor, v: Tensor, text: int) -> bool
     best = int(gaps[1] < gaps[0])
     if float(gaps[best]) > 0.05:  # the values were normalised or mixed after their projection
         return None
-    module.__dict__["_headwise_image_first"] = best == 0
     return best == 0
 
 
@@ -189,9 +186,6 @@ class DiffusersController(Controller):
         self._hooks = [self.stack.owner.register_forward_pre_hook(self._before, with_kwargs=True)]
         for site, module in zip(self.sites, self.stack.modules, strict=True):
             module.__dict__["_headwise_site"] = site
-            enter, leave = self._enter(site), self._leave(site)
-            self._hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(leave, always_call=True))
         try:
             self._prove()
         except Exception:
@@ -205,12 +199,41 @@ class DiffusersController(Controller):
             handle.remove()
         for module in self.stack.modules:
             module.__dict__.pop("_headwise_site", None)
-            module.__dict__.pop("_headwise_image_first", None)
             module.__dict__.pop("_headwise_repeats", None)
         attached = self.stack.owner.__dict__.get("_headwise_controllers", {})
         attached.pop(self.stack.pattern, None)
         if not attached:
             self.stack.owner.__dict__.pop("_headwise_controllers", None)
+
+    def _watch_hidden(self) -> None:
+        """Hooks on the modules in which something is to be done; the others run as if nothing were attached."""
+        super()._watch_hidden()
+        active = [(site, module) for site, module in zip(self.sites, self.stack.modules, strict=True) if site.active]
+        self._hidden_hooks += [handle for site, module in active for handle in self._hang(site, module)]
+        joint = next((module for module in self.stack.modules if is_joint(module)), None)
+        if joint is not None and not all(is_joint(module) for _, module in active):
+            self._hidden_hooks.append(joint.register_forward_pre_hook(self._note_text, with_kwargs=True))
+
+    def _hang(self, site: Site, module: nn.Module) -> list[Any]:
+        """The two hooks of one module."""
+        return [
+            module.register_forward_pre_hook(self._enter(site), with_kwargs=True),
+            module.register_forward_hook(self._leave(site), always_call=True),
+        ]
+
+    def _note_text(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """For a single stream behind joint blocks: how many text tokens there are, and on which side."""
+        text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        first = _PROVED.get(self.stack.owner, {}).get(self._kind(module))
+        self.joint = (first, text.shape[1]) if first is not None and isinstance(text, Tensor) else None
+
+    def image_first(self, module: nn.Module, image: Tensor, v: Tensor, text: int) -> bool | None:
+        """Does this kind of joint attention put image tokens before text tokens? Read from a call if the proof has not found it."""
+        known = _PROVED.setdefault(self.stack.owner, {})
+        kind = self._kind(module)
+        if known.get(kind) is None:
+            known[kind] = _image_first(module, image, v, text)
+        return known[kind]
 
     def _before(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note how many image tokens a grid of latents makes; other inputs are counted where they are attended to."""
@@ -248,13 +271,12 @@ class DiffusersController(Controller):
     @torch.no_grad()
     def _prove(self) -> None:
         """An edit of all heads changes what each kind of module gives for random tokens; otherwise AttachError."""
-        proved = _PROVED.setdefault(self.stack.owner, set())
+        proved = _PROVED.setdefault(self.stack.owner, {})
         for site, module in zip(self.sites, self.stack.modules, strict=True):
             kind = self._kind(module)
             if kind in proved or next(module.parameters()).device.type == "meta":
                 continue
-            self._prove_one(site, module)
-            proved.add(kind)
+            proved[kind] = self._prove_one(site, module)
 
     def _kind(self, module: nn.Module) -> tuple:
         """What decides whether a module is reached."""
@@ -265,24 +287,35 @@ class DiffusersController(Controller):
         """What the module gives for random tokens."""
         return module(**_probe(module))
 
-    def _prove_one(self, site: Site, module: nn.Module) -> None:
+    def _prove_one(self, site: Site, module: nn.Module) -> bool | None:
+        """The proof for one module; gives whether it puts image tokens first, None where that is no question or no answer."""
         kept = site.transforms, site.edits, site.observers, site.router
-        outputs = []
+        found: list[bool | None] = [None]
+
+        def look(call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
+            if is_joint(module):
+                found.append(_image_first(module, _probe(module)["hidden_states"], call.v, PROBE_TEXT))
+            return attend()
+
+        outputs, handles = [], self._hang(site, module)
         try:
-            for transforms in ((), (_nothing_comes_out,)):
-                site.transforms, site.edits, site.observers, site.router = transforms, (), (), None
+            for transform in (look, _nothing_comes_out):
+                site.transforms, site.edits, site.observers, site.router = (transform,), (), (), None
                 outputs.append(_tensors(self._try(module)))
         except AttachError:
             raise
         except Exception:  # it needs more than hidden states: its first real call is checked instead, see _leave
-            return
+            return None
         finally:
             site.transforms, site.edits, site.observers, site.router = kept
+            for handle in handles:
+                handle.remove()
         if all(torch.equal(a, b) for a, b in zip(*outputs, strict=True)):
             raise AttachError(
                 f"layer {site.layer} of {type(self.stack.owner).__name__}: zeroing all heads of a {type(module).__name__} changes "
                 f"nothing. Its output projection is zero, or {self.remedy}"
             )
+        return found[-1]
 
 
 def _nothing_comes_out(call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
@@ -290,7 +323,7 @@ def _nothing_comes_out(call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
 
 
 def _probe(module: nn.Module) -> dict[str, Tensor]:
-    """Random tokens for one attention module: five of its own, three of the text where it reads text."""
+    """Random tokens for one attention module: a few of its own, and of the text where it reads text."""
     generator = torch.Generator().manual_seed(0)
     weight: Any = module.to_q.weight  # type: ignore[union-attr]
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
@@ -298,11 +331,11 @@ def _probe(module: nn.Module) -> dict[str, Tensor]:
     def tokens(count: int, width: Any) -> Tensor:
         return torch.randn(1, count, int(width), generator=generator).to(weight.device, dtype)
 
-    inputs = {"hidden_states": tokens(5, module.to_q.in_features)}  # type: ignore[union-attr]
+    inputs = {"hidden_states": tokens(PROBE_IMAGE, module.to_q.in_features)}  # type: ignore[union-attr]
     if is_joint(module):
-        inputs["encoder_hidden_states"] = tokens(3, module.add_k_proj.in_features)  # type: ignore[union-attr]
+        inputs["encoder_hidden_states"] = tokens(PROBE_TEXT, module.add_k_proj.in_features)  # type: ignore[union-attr]
     elif is_cross(module):
-        inputs["encoder_hidden_states"] = tokens(3, module.to_k.in_features)  # type: ignore[union-attr]
+        inputs["encoder_hidden_states"] = tokens(PROBE_TEXT, module.to_k.in_features)  # type: ignore[union-attr]
     return inputs
 
 

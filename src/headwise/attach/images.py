@@ -8,7 +8,7 @@ Letters: B batch, N columns of a pass, P positions of a row (real tokens, counte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from headwise.attach import Attachment, HeadCall, attach
+from headwise.attach import Attachment, HeadCall, Transform, attach
 from headwise.attach.controller import _bound
 from headwise.attach.locate import Stack, _stacks, find_stack
 from headwise.errors import AttachError
@@ -99,9 +99,15 @@ class ImageTokens:
         self.table = torch.zeros(0, 0, dtype=torch.bool)
         self.fresh = False
         self.past = self.count = 0
-        self.columns = torch.zeros(0, 0, dtype=torch.bool)  # image tokens among the columns of the pass, (B, N)
+        self.columns = torch.zeros(
+            0, 0, dtype=torch.bool
+        )  # image tokens among the columns of the prompt's pass, (B, N)
         self.real = torch.zeros(0, 0, dtype=torch.bool)  # columns that are no padding, (B, N)
         self.positions = torch.zeros(0, 0, dtype=torch.long)  # of these columns, (B, N)
+        self.start: Tensor | None = None  # first real column of each row (B,), None where the model got no 2-D mask
+        self._ids = torch.tensor(self.ids)
+        self._mask: Tensor | None = None  # the 2-D mask of the pass
+        self._queries: Tensor | None = None  # found once a pass
         self._read: Tensor | None = None
         self._undo: list[Callable[[], None]] = []
 
@@ -169,17 +175,22 @@ class ImageTokens:
 
     def _place(self, ids: Tensor, mask: object) -> None:
         B, N = ids.shape
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._queries = None
+        if N == 1 and self.past and self.table.shape[0] == B:
+            return  # a token that is decoded is text: nothing to find, so a step costs next to nothing
+        self._ids = self._ids.to(ids.device)
         columns = torch.arange(self.past, self.past + N, device=ids.device).expand(B, -1)
-        self.columns = torch.isin(ids, torch.tensor(self.ids, device=ids.device))
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            real = mask.bool()
-            start = torch.where(real.any(1), real.to(torch.int8).argmax(1), real.shape[1])
-            self.positions = columns - start[:, None]
+        self.columns = torch.isin(ids, self._ids)
+        if self._mask is not None:
+            real = self._mask.bool()
+            self.start = torch.where(real.any(1), real.to(torch.int8).argmax(1), real.shape[1])
+            self.positions = columns - self.start[:, None]
             self.real = real[:, self.past : self.past + N]
         else:
-            self.positions, self.real = columns, torch.ones_like(self.columns)
+            self.start, self.positions, self.real = None, columns, torch.ones_like(self.columns)
         old = self.table if self.past and self.table.shape[0] == B else self.columns.new_zeros(B, 0)
-        self.table = extended(old, self.positions, self.columns & self.real)
+        self.table = extended(old, self.positions, self.columns & self.real, self.past + N)
 
     def _require_images(self) -> None:
         without = (~self.table.any(1)).nonzero()[:, 0].tolist()
@@ -191,8 +202,15 @@ class ImageTokens:
 
     def text_queries(self) -> Tensor:
         """Columns of the pass that are text behind an image, (B, N) bool."""
-        first = self.table.to(torch.int8).argmax(1)[:, None]
-        return self.real & ~self.columns & (self.positions > first)
+        if self._queries is not None:
+            return self._queries
+        if self.count == 1 and self.past:
+            here = self.table.new_ones(self.table.shape[0], 1)
+            self._queries = here if self._mask is None else self._mask[:, self.past : self.past + 1].bool()
+        else:
+            first = self.table.to(torch.int8).argmax(1)[:, None]
+            self._queries = self.real & ~self.columns & (self.positions > first)
+        return self._queries
 
     def check_call(self, call: HeadCall) -> None:
         """A pass that went round the model, straight to its decoder, has no known image tokens: AttachError."""
@@ -203,12 +221,29 @@ class ImageTokens:
             )
 
 
-def extended(table: Tensor, positions: Tensor, flags: Tensor) -> Tensor:
-    """(B, P') bool: `table` (B, P) with the flags (B, N) of columns at these positions (B, N); negative ones are padding."""
-    width = max(table.shape[1], int(positions.max()) + 1)
+def extended(table: Tensor, positions: Tensor, flags: Tensor, width: int) -> Tensor:
+    """(B, P') bool, P' ≥ `width`: `table` (B, P) with the flags (B, N) of columns at these positions (B, N) below `width`; negative
+    ones are padding. The width is the caller's to know, so that nothing waits for the device.
+    """
+    width = max(table.shape[1], width)
     wide = nn.functional.pad(table, (0, width + 1 - table.shape[1]))  # one more place takes the padding
     wide.scatter_(1, torch.where(positions < 0, width, positions), flags & (positions >= 0))
     return wide[:, :width]
+
+
+class InLayers:
+    """A transform of some layers: `attach` leaves the others alone. `own_attention`: it works on the layer's own attention, so
+    it goes innermost.
+
+    >>> InLayers(lambda call, attend: attend(), (1, 3)).in_layers
+    (1, 3)
+    """
+
+    def __init__(self, transform: Transform, in_layers: Sequence[int], *, own_attention: bool = False):
+        self.transform, self.in_layers, self.own_attention = transform, tuple(in_layers), own_attention
+
+    def __call__(self, call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
+        return self.transform(call, attend) if call.layer in self.in_layers else attend()
 
 
 def looked_up(table: Tensor, positions: Tensor) -> Tensor:

@@ -164,12 +164,16 @@ def _owner_path(path: str) -> str:
 
 def fingerprint(model: nn.Module, stack: str | None = None) -> Fingerprint:
     """What an artifact records of the model it was made for: architecture, config hash, layers, heads, kv heads."""
-    found = find_stack(model, stack)
+    return fingerprint_of(find_stack(model, stack))
+
+
+def fingerprint_of(found: Stack) -> Fingerprint:
+    """The same of a stack that was found before."""
     config = found.config.to_dict()  # type: ignore[attr-defined]
     stable = {k: v for k, v in config.items() if k not in VOLATILE and not k.startswith("_attn")}
     text = json.dumps(stable, sort_keys=True, default=str)
     return Fingerprint(
-        architecture=str(getattr(found.config, "model_type", type(model).__name__)),
+        architecture=str(getattr(found.config, "model_type", type(found.owner).__name__)),
         config_hash=hashlib.sha256(text.encode()).hexdigest()[:16],
         layers=found.layers,
         heads=found.heads,

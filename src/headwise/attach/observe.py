@@ -294,7 +294,9 @@ def _sees_all(group: KVGroup, queries: Queries) -> bool:
     if queries.count != 1 or queries.mask is not None or queries.start is not None or not queries.causal:
         return False
     in_order = group.positions is None and queries.offset + 1 == S
-    whole = group.complete or (in_order and (group.pattern.keeps_all or group.pattern.kept(S) == S))
+    whole = (group.complete and group.tail == 0) or (
+        in_order and (group.pattern.keeps_all or group.pattern.kept(S) == S)
+    )
     return whole and not isinstance(queries, _Picked)
 
 

@@ -117,6 +117,7 @@ class SinkTokens(ImageTokens):
         self.tau, self.layers = tau, tuple(layers)
         self.sinks: dict[int, Tensor] = {}  # (B, P) bool by position, of any token
         self.image_sinks: dict[int, Tensor] = {}  # (B,) bool: has the row a sink on an image in this layer?
+        self._codes: dict[int, Tensor] = {}
         self.any_image_sink: dict[int, bool] = {}  # in any row: known on the host, so that decoding waits for nothing
 
     def attach_with(self, *transforms: Any) -> None:
@@ -127,7 +128,7 @@ class SinkTokens(ImageTokens):
 
     def begin(self, ids: Tensor, mask: Tensor) -> None:
         """Forget the sinks of the prompt before."""
-        self.sinks, self.image_sinks, self.any_image_sink = {}, {}, {}
+        self.sinks, self.image_sinks, self.any_image_sink, self._codes = {}, {}, {}, {}
 
     def _look(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.paused or not (self.fresh or (self.past and self.count > 1)):
@@ -135,8 +136,22 @@ class SinkTokens(ImageTokens):
         x = _states(args, kwargs)
         flags = (sink_value(x, self.dims) > self.tau) & self.real.to(x.device)
         old = self.sinks.get(layer, flags.new_zeros(flags.shape[0], 0))
-        self.sinks[layer] = extended(old, self.positions.to(x.device), flags)
+        self.sinks[layer] = extended(old, self.positions.to(x.device), flags, self.past + self.count)
         table = self.table.to(x.device)
         on_image = self.sinks[layer] & looked_up(table, torch.arange(self.sinks[layer].shape[1], device=x.device)[None])
         self.image_sinks[layer] = on_image.any(1)
         self.any_image_sink[layer] = bool(self.image_sinks[layer].any())
+        self._codes.pop(layer, None)
+
+    def codes(self, layer: int) -> Tensor:
+        """(B, C) uint8 of the prompt's columns, for kernels: 1 on an image, 2 on a sink, 3 on both; no image in rows without a sink on one.
+
+        Made once a prompt: tokens that are decoded are neither.
+        """
+        if layer not in self._codes:
+            sinks, table = self.sinks[layer], self.table.to(self.sinks[layer].device)
+            at = torch.arange(sinks.shape[1], device=sinks.device)[None]
+            at = at if self.start is None else at - self.start.to(at.device)[:, None]
+            image = looked_up(table, at) & self.image_sinks[layer][:, None]
+            self._codes[layer] = image.to(torch.uint8) + 2 * looked_up(sinks, at).to(torch.uint8)
+        return self._codes[layer]

@@ -34,7 +34,11 @@ class Own:
         q, first = request.q, request.groups[0]
         if first.v.shape[-1] != q.shape[-1] or request.dropout or request.queries.mask is not None:
             return "it takes no dropout, no mask of the model's own and no other head dim of the values"
-        return None if self._form(request) else "the call is neither routed, nor windowed, nor a decode step, nor a chunk behind its past"
+        return (
+            None
+            if self._form(request)
+            else "the call is neither routed, nor windowed, nor a decode step, nor a chunk behind its past"
+        )
 
     def prefer(self, request: Request) -> str | None:
         """Only above the sizes from which it wins, by this device's table."""

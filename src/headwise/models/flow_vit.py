@@ -9,6 +9,7 @@ Letters: B pictures, C channels, S pixels a side, P patches.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer, ViTPreTrainedModel
 
-from headwise.checks import whole
 from headwise.errors import TaskError
+from headwise.models.loop import Run, train, warm_cosine
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 CONDITIONS = 2
 """Tokens before the patches: time, class."""
@@ -104,52 +107,52 @@ def flow_vit(
 
 
 def train_flow(
-    model: FlowViT,
+    model: nn.Module,
     pixels: Tensor,
     labels: Tensor,
     *,
+    velocity: Velocity | None = None,
+    null: int | None = None,
     steps: int = 1500,
     batch: int = 64,
     lr: float = 3e-3,
     unconditional: float = 0.1,
+    extra: Callable[[], Tensor | None] | None = None,
     seed: int = 0,
+    run: Run | None = None,
     progress: bool = False,
-) -> FlowViT:
-    """Rectified flow: x_t = (1 − t)·x + t·noise, and v learns noise − x; a share of the labels is hidden. Trains in place."""
-    whole("steps", steps, 1, TaskError)
+) -> list[float]:
+    """Rectified flow: x_t = (1 − t)·x + t·noise, and v learns noise − x; a share of the labels is hidden. Trains in place.
+
+    velocity: v(x, t, labels), of a model that is called in another way. extra: gives what is added to the loss after each forward
+    pass, such as a router's balance loss. `run` has a folder with checkpoints, and takes the place
+    of `steps`. null: the label of no condition, by default the model's own. Gives the loss of every step.
+    """
     if len(pixels) != len(labels) or not len(pixels):
         raise TaskError(f"{len(pixels)} pictures and {len(labels)} labels; as many of both, at least one")
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    optimizers = _optimizers(model, lr)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            one, lambda i: min(1, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
-        )
-        for one in optimizers
-    ]
-    model.train()
-    for _ in _track(range(steps), "training a flow", progress):
-        rows = torch.randint(len(pixels), (batch,), generator=generator)
-        x, y = pixels[rows].to(device), labels[rows].clone()
-        y[torch.rand(batch, generator=generator) < unconditional] = model.null
+    run = run or Run(steps=steps, progress=progress, title="training a flow")
+    device, v = next(model.parameters()).device, velocity or model
+    hide = int(model.null if null is None else null)  # type: ignore[arg-type]
+    pixels, labels, generator = pixels.to(device), labels.to(device), torch.Generator().manual_seed(seed)
+
+    def loss_of(step: int) -> Tensor:
+        rows = torch.randint(len(pixels), (batch,), generator=generator).to(device)
+        x, y = pixels[rows], labels[rows]
+        hidden = (torch.rand(batch, generator=generator) < unconditional).to(device)
         t = torch.rand(batch, generator=generator).to(device)
         noise = torch.randn(x.shape, generator=generator).to(device)
         mix = t[:, None, None, None]
-        loss = F.mse_loss(model((1 - mix) * x + mix * noise, t, y.to(device)), noise - x)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-    return model.eval()
+        error = F.mse_loss(v((1 - mix) * x + mix * noise, t, y.masked_fill(hidden, hide)), noise - x)
+        more = None if extra is None else extra()
+        return error if more is None else error + more
+
+    return train(run, model, _optimizers(model, lr), loss_of, rate=warm_cosine(50, run.steps), generator=generator)
 
 
-def _optimizers(model: FlowViT, lr: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers (it needs about half of AdamW's steps here), AdamW for the rest."""
-    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    layers: Any = getattr(model, "layers", None) or model.transformer_blocks
+    matrices = [m.weight for m in layers.modules() if isinstance(m, nn.Linear)]
     ids = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in ids]
     return [
@@ -163,11 +166,3 @@ def _waves(t: Tensor, width: int) -> Tensor:
     rates = torch.exp(-math.log(1000.0) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = 1000.0 * t[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(t.dtype)
-
-
-def _track(items: Any, label: str, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description=label)

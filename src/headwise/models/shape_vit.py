@@ -5,16 +5,15 @@ Letters: B pictures, S pixels a side, C classes.
 
 from __future__ import annotations
 
-import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headwise.checks import whole
 from headwise.errors import TaskError
+from headwise.models.loop import Run, train, warm_cosine
 
 if TYPE_CHECKING:
     from transformers import ViTForImageClassification
@@ -63,7 +62,6 @@ def train_vit(
     progress: bool = False,
 ) -> ViTForImageClassification:
     """Cross-entropy on noisy pictures (B, 1, S, S) and labels (B,): Muon for the layers' matrices, AdamW for the rest. In place."""
-    whole("steps", steps, 1, TaskError)
     if len(pixels) != len(labels) or not len(pixels):
         raise TaskError(f"{len(pixels)} pictures and {len(labels)} labels; as many of both, at least one")
     generator = torch.Generator().manual_seed(seed)
@@ -73,25 +71,12 @@ def train_vit(
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01),
         torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], lr=lr, weight_decay=0.01),
     ]
-    starts = [group["lr"] for one in optimizers for group in one.param_groups]
-    model.train()
-    for step in _track(range(steps), progress):
-        share = min(1, (step + 1) / 30) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        for group, start in zip((g for one in optimizers for g in one.param_groups), starts, strict=True):
-            group["lr"] = start * share
+
+    def loss_of(step: int) -> Tensor:
         rows = torch.randint(len(pixels), (batch,), generator=generator)
         x = pixels[rows] + noise * torch.randn(batch, *pixels.shape[1:], generator=generator)
-        loss = F.cross_entropy(model(pixel_values=x.to(model.device)).logits, labels[rows].to(model.device))
-        model.zero_grad()
-        loss.backward()
-        for one in optimizers:
-            one.step()
-    return model.eval()
+        return F.cross_entropy(model(pixel_values=x.to(model.device)).logits, labels[rows].to(model.device))
 
-
-def _track(items: Any, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="training a ViT")
+    run = Run(steps=steps, progress=progress, title="training a ViT")
+    train(run, model, optimizers, loss_of, rate=warm_cosine(30, steps), generator=generator, clip=None)
+    return model

@@ -8,13 +8,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from headwise.attach import find_stack
 from headwise.errors import HeadwiseError
-from headwise.models.flow_vit import FlowViT, flow_vit, train_flow
+from headwise.models.flow_dit import dit_velocity, flow_dit
+from headwise.models.flow_vit import Velocity, flow_vit, train_flow
 from headwise.papers._flow_metrics import Frechet, right_class, train_classifier
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
@@ -37,8 +39,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "pairs": 64, "held_out": 128, "k": 2, "rounds": 3, "seeds": 3, "steps": 8, "w": 1.0, "u": 1.0, "batch": 8,
     },
     "gpu": {
-        "flow": {"size": 32, "patch": 2, "width": 384, "layers": 12, "heads": 12}, "train": 3000, "classify": 1500, "pictures": 32768,
-        "pairs": 64, "held_out": 512, "k": 4, "rounds": 3, "seeds": 3, "steps": 20, "w": 1.0, "u": 1.0, "batch": 24,
+        "kind": "dit", "flow": {"size": 24, "patch": 4, "width": 256, "layers": 8, "heads": 8}, "train": 3000, "classify": 1500,
+        "pictures": 32768, "pairs": 64, "held_out": 512, "k": 4, "rounds": 3, "seeds": 3, "steps": 20, "w": 1.0, "u": 1.0, "batch": 16,
     },
 }  # fmt: skip
 CHECKS = (
@@ -53,7 +55,7 @@ CHECKS = (
 
 
 def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
-    """Train, search and judge. "cpu": 16 heads, about 3 minutes on two cores. "gpu": 144 heads."""
+    """Train, search and judge. "cpu": 16 heads, about 3 minutes on two cores. "gpu": 64 heads of diffusers' DiT class."""
     started = time.monotonic()
     if scale == "gpu" and not torch.cuda.is_available():
         raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
@@ -78,21 +80,31 @@ def measure(
     classify: int,
     pictures: int,
     seeds: int,
+    kind: Literal["vit", "dit"] = "vit",
     device: str = "cpu",
     seed: int = 0,
     progress: bool = False,
     **search: Any,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(metrics, baselines): one flow and one judge; means over `seeds` searches, each with noise of its own."""
+    """(metrics, baselines): one flow and one judge; means over `seeds` searches, each with noise of its own.
+
+    kind: `FlowViT`, whose heads see class and time as tokens, or diffusers' DiT class (needs diffusers).
+    """
     data = make_shapes(pictures, size=flow["size"], generator=torch.Generator().manual_seed(seed))
-    model = flow_vit(**flow, classes=data.classes, seed=seed).to(device)
-    train_flow(model, data.pixels, data.labels, steps=train, seed=seed, progress=progress)
-    return judge(model, data, classify=classify, seeds=seeds, device=device, seed=seed, progress=progress, **search)
+    model = (flow_dit if kind == "dit" else flow_vit)(**flow, classes=data.classes, seed=seed).to(device)
+    velocity = dit_velocity(model) if kind == "dit" else None
+    train_flow(
+        model, data.pixels, data.labels, velocity=velocity, null=data.classes, steps=train, seed=seed, progress=progress
+    )
+    return judge(
+        model, data, velocity, classify=classify, seeds=seeds, device=device, seed=seed, progress=progress, **search
+    )
 
 
 def judge(
-    model: FlowViT,
+    model: nn.Module,
     data: ShapeImages,
+    velocity: Velocity | None = None,
     *,
     classify: int,
     seeds: int,
@@ -101,7 +113,7 @@ def judge(
     progress: bool,
     **search: Any,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(metrics, baselines) of a trained flow."""
+    """(metrics, baselines) of a trained flow; `velocity` where it is not called as v(x, t, labels). Its null label is `data.classes`."""
     pixels, labels = data.pixels.to(device), data.labels.to(device)
     classifier = train_classifier(pixels, labels, data.classes, steps=classify, seed=seed)
     fresh = make_shapes(1024, size=pixels.shape[-1], generator=torch.Generator().manual_seed(seed + 77))
@@ -109,7 +121,7 @@ def judge(
         right = classifier(fresh.pixels.to(device)).argmax(-1).cpu() == fresh.labels
     frechet = Frechet(pixels)
     rows = [
-        _Trial(model, classifier, frechet, data.classes, number, device, progress, **search).run()
+        _Trial(model, velocity, classifier, frechet, data, number, device, progress, **search).run()
         for number in range(seed, seed + seeds)
     ]
     mean = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
@@ -128,21 +140,24 @@ class _Trial:
     """One search and its evaluation on unseen noise."""
 
     def __init__(
-        self, model: FlowViT, classifier: nn.Module, frechet: Frechet, classes: int, seed: int, device: str, progress: bool, *,
+        self, model: nn.Module, velocity: Velocity | None, classifier: nn.Module, frechet: Frechet, data: ShapeImages, seed: int,
+        device: str, progress: bool, *,
         pairs: int, held_out: int, k: int, rounds: int, steps: int, w: float, u: float, batch: int,
     ):  # fmt: skip
-        self.model, self.frechet, self.seed, self.progress = model, frechet, seed, progress
-        self.k, self.rounds, self.batch, self.classes, self.u = k, rounds, batch, classes, u
+        self.model, self.velocity, self.frechet, self.progress = model, velocity, frechet, progress
+        self.k, self.rounds, self.batch, self.u = k, rounds, batch, u
+        self.classes, self.shape, self.stack = data.classes, data.pixels.shape[1:], find_stack(model)
         self.generator = torch.Generator().manual_seed(500 + seed)
         self.search, self.search_objective = self._sampler(classifier, pairs, steps, w, device)
         self.test, self.test_objective = self._sampler(classifier, held_out, steps, w, device)
 
     def _sampler(self, classifier: nn.Module, count: int, steps: int, w: float, device: str) -> tuple[FlowSampler, Any]:
-        config = self.model.config
-        noise = torch.randn(count, 1, config.image_size, config.image_size, generator=self.generator).to(device)
+        noise = torch.randn(count, *self.shape, generator=self.generator).to(device)
         labels = (torch.arange(count) % self.classes).to(device)
-        null = {"labels": torch.full_like(labels, self.model.null)}
-        sampler = FlowSampler(self.model, noise, {"labels": labels}, null=null, steps=steps, w=w)
+        null = {"labels": torch.full_like(labels, self.classes)}
+        sampler = FlowSampler(
+            self.model, noise, {"labels": labels}, null=null, velocity=self.velocity, steps=steps, w=w
+        )
         return sampler, right_class(classifier, labels)
 
     def run(self) -> dict[str, float]:
@@ -151,8 +166,8 @@ class _Trial:
             self.model, self.search, self.search_objective, k=self.k, rounds=self.rounds, like=like, batch=self.batch,
             progress=self.progress,
         )  # fmt: skip
-        heads = self.model.config.num_attention_heads
-        layers = [HeadSet.of([(l, h) for h in range(heads)]) for l in range(self.model.config.num_hidden_layers)]
+        heads = self.stack.heads
+        layers = [HeadSet.of([(l, h) for h in range(heads)]) for l in range(self.stack.layers)]
         layer = max(layers, key=lambda one: self._search_score(one, self.u))
         few = found.heads(min(heads, len(found.order)))
         controls = [self._random(found, len(few)) for _ in range(3)]
@@ -176,10 +191,7 @@ class _Trial:
         }
 
     def _random(self, found: Hunt, count: int) -> HeadSet:
-        config = self.model.config
-        return found.heads(count).random_control(
-            config.num_hidden_layers, config.num_attention_heads, generator=self.generator
-        )
+        return found.heads(count).random_control(self.stack.layers, self.stack.heads, generator=self.generator)
 
     def _search_score(self, heads: HeadSet, u: float) -> float:
         images = self.search(strength_table([heads], u, self.search.made_for()))[0]
@@ -218,4 +230,5 @@ class _Trial:
     def _cfg(self) -> Tensor:
         """Classifier-free guidance of scale 3, alone."""
         s = self.test
-        return FlowSampler(self.model, s.noise, s.conditions, null=s.null, steps=s.steps, w=0.0, cfg=3.0)(None)[0]
+        plain = FlowSampler(self.model, s.noise, s.conditions, s.null, self.velocity, steps=s.steps, w=0.0, cfg=3.0)
+        return plain(None)[0]

@@ -44,7 +44,6 @@ class Kept:
         self.blocks = blocks
         self.entered: dict[int, Tensor] = {}
         self.outputs: dict[int, Any] = {}
-        self.read: dict[int, Tensor] = {}
         self.attention: dict[int, Any] = {}
         self.mlp: dict[int, Any] = {}
 
@@ -56,7 +55,6 @@ class Kept:
             handles.append(block.register_forward_pre_hook(self._entering(self.entered, layer), with_kwargs=True))
             handles.append(block.register_forward_hook(_saving(self.outputs, layer)))
             attention, mlp = self.blocks.attentions[layer], self.blocks.mlps[layer]
-            handles.append(attention.register_forward_pre_hook(self._entering(self.read, layer), with_kwargs=True))
             handles.append(attention.register_forward_hook(_saving(self.attention, layer)))
             handles.append(mlp.register_forward_hook(_saving(self.mlp, layer)))
         try:

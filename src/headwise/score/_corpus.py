@@ -89,7 +89,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.parquet  # type: ignore[import-not-found]
     except ImportError as error:
-        raise ScoreError("Parquet files need pyarrow: pip install pyarrow, or use .jsonl") from error
+        raise ScoreError("Parquet files need pyarrow: pip install 'headwise[parquet]', or use .jsonl") from error
     return pyarrow
 
 

@@ -1,16 +1,14 @@
-"""The patching engine: what a model answers when one head's output is taken from another run, all heads in few passes.
+"""What patching measures: pairs of prompts, their answers' logits, where heads are patched, and shares of an effect.
 
-A clean pass keeps the outputs of the heads and what enters each layer. A patched run differs from it only from the head's
-layer on, so the run starts there (`attach/resume.py`), with the heads of a layer as copies in the batch.
-
-Letters: B pairs, N columns, L layers, H query heads, D head dim, U heads folded into the batch, V vocabulary.
+Letters: B pairs, N columns, L layers, H query heads, D head dim, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,12 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from headwise.attach import HeadCall, attach, find_stack
+from headwise.attach import find_stack
 from headwise.attach.observe import observe
-from headwise.attach.resume import Resume
-from headwise.checks import whole
 from headwise.errors import AttachError, ScoreError
-from headwise.score._blocks import first, with_first
 from headwise.selection import TokenSelection
 from headwise.tasks.colored_objects import make_colored_objects
 from headwise.tasks.ioi import make_ioi
@@ -41,9 +36,9 @@ LEAST = 1e-6  # logit difference between the two runs below which a ratio of eff
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One pass: head outputs `z` (L of (B, N, H, D)), `logits` (B, V) of each row's last token, and `difference` (B,)."""
+    """One pass: outputs of the units `z`, for heads L of (B, N, H, D), `logits` (B, V) of each row's last token, and `difference` (B,)."""
 
-    z: list[Tensor]
+    z: list[Any]
     logits: Tensor
     difference: Tensor
 
@@ -103,16 +98,36 @@ def column_mask(pairs: PromptPairs, tokens: Any) -> Tensor:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Where a pass over prompts reads the answers, found once: distinct columns, which of them is each row's, mask and positions."""
+
+    start: int
+    columns: Tensor
+    place: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, pairs: PromptPairs, start: int = 0) -> Asked:
+        """For a pass that reads the columns from `start` on."""
+        columns, place = torch.unique(pairs.last - start, return_inverse=True)
+        return cls(start, columns, place, None if bool(pairs.mask.all()) else pairs.mask.long())
+
+
 def answer(
-    model: nn.Module, pairs: PromptPairs, ids: Tensor, copies: int = 1, prefix: Prefix | None = None
+    model: nn.Module,
+    pairs: PromptPairs,
+    ids: Tensor,
+    copies: int = 1,
+    prefix: Prefix | None = None,
+    asked: Asked | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(logits (copies · B, V) in float32 of the last real tokens, logit of answer minus contrast (copies · B,)).
 
-    With `prefix`, only the columns behind it are read, against its keys and values.
+    With `prefix`, only the columns behind it are read, against its keys and values. `asked` saves looking for the columns again.
     """
-    start = 0 if prefix is None else prefix.columns
-    columns, where = torch.unique(pairs.last - start, return_inverse=True)
-    mask = None if bool(pairs.mask.all()) else pairs.mask.long().repeat(copies, 1)
+    asked = asked or Asked.of(pairs, 0 if prefix is None else prefix.columns)
+    start, mask = asked.start, None if asked.mask is None else asked.mask.repeat(copies, 1)
     extra: dict[str, Any] = {} if mask is None else {"position_ids": positions(mask)[:, start:]}
     if prefix is not None:
         extra["past_key_values"] = prefix.cache
@@ -120,10 +135,10 @@ def answer(
         input_ids=ids[:, start:].repeat(copies, 1),
         attention_mask=mask,
         use_cache=prefix is not None,
-        logits_to_keep=columns,
+        logits_to_keep=asked.columns,
         **extra,
     ).logits
-    logits = out[torch.arange(len(out), device=out.device), where.repeat(copies)].float()
+    logits = out[torch.arange(len(out), device=out.device), asked.place.repeat(copies)].float()
     return logits, difference(logits, pairs, copies)
 
 
@@ -135,12 +150,25 @@ class Prefix:
     cache: Any
 
     def copied(self, copies: int, layer: int) -> Prefix:
-        """`copies` times the batch, for a pass from `layer` on; the layers before it only say how long they are."""
+        """`copies` times the batch, for a pass from `layer` on; the layers before it only say how long they are.
+
+        Keys and values are repeated one layer at a time, when it reads them: nothing of that outlives the layer.
+        """
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(one) for one in self.cache.layers]
-        for one in cache.layers[layer:]:
-            one.keys, one.values = one.keys.repeat(copies, 1, 1, 1), one.values.repeat(copies, 1, 1, 1)
+        for one, kept in zip(cache.layers[layer:], self.cache.layers[layer:], strict=True):
+            one.update = functools.partial(_read_only, one, kept, copies)
         return Prefix(self.columns, cache)
+
+
+def _read_only(one: Any, kept: Any, copies: int, keys: Tensor, values: Tensor, *args: Any, **options: Any) -> Any:
+    """The `update` of a cache layer that is read `copies` times over and keeps nothing but how long it has become."""
+    grown = copy.copy(kept)
+    grown.keys, grown.values = kept.keys.repeat(copies, 1, 1, 1), kept.values.repeat(copies, 1, 1, 1)
+    result = grown.update(keys, values, *args, **options)
+    length = grown.get_seq_length()
+    one.get_seq_length = lambda: length
+    return result
 
 
 @torch.no_grad()
@@ -178,134 +206,6 @@ def record(model: nn.Module, pairs: PromptPairs, ids: Tensor, stack: str | None 
         logits, ld = answer(model, pairs, ids)
     layers = find_stack(model, stack).layers
     return Run([seen.output(layer) for layer in range(layers)], logits, ld)
-
-
-class Sweep:
-    """Runs of one model on one batch of prompts, each with some heads' outputs replaced at some columns.
-
-    `base` is the run that is changed. `rows` bounds the rows of a folded batch; results do not depend on it.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        pairs: PromptPairs,
-        where: Tensor,
-        *,
-        stack: str | None = None,
-        rows: int = ROWS,
-    ):
-        self.model, self.pairs, self.where, self.stack = model, pairs, where, stack
-        self.found = find_stack(model, stack)
-        self.rows = whole("rows", rows, 1, ScoreError)
-        self.resume = Resume(model, range(1, self.found.layers), stack)
-        with self.resume.recording():
-            self.base = record(model, pairs, pairs.ids, stack)
-        self._check_resumed()
-        self.prefix = self._find_prefix()
-
-    @property
-    def size(self) -> int:
-        """Heads that are folded into one batch: the more the fewer columns a pass has."""
-        whole_rows = self.rows * self.pairs.ids.shape[1] // (self.pairs.ids.shape[1] - self.start)
-        return max(1, whole_rows // len(self.pairs))
-
-    @property
-    def start(self) -> int:
-        """First column that a pass reads."""
-        return 0 if self.prefix is None else self.prefix.columns
-
-    @torch.no_grad()
-    def _find_prefix(self) -> Prefix | None:
-        """The columns before the first patched one, where a decoder's cache proves that they need not be read again."""
-        first = self.where.float().argmax(1)
-        columns = int(torch.minimum(first, self.pairs.last).min())
-        if columns < SHORT or not self.found.causal or not self.resume.kept:
-            return None
-        prefix = read_prefix(self.model, self.pairs, columns)
-        again = answer(self.model, self.pairs, self.pairs.ids, 1, prefix.copied(1, 0))[0]
-        return prefix if self._same(again) else None
-
-    def _same(self, logits: Tensor) -> bool:
-        exact = self.base.z[0].dtype in (torch.float32, torch.float64)
-        allowed = (1e-4 if exact else 2e-2) * float(self.base.logits.abs().max())
-        return bool((logits - self.base.logits).abs().max() <= allowed)
-
-    @torch.no_grad()
-    def _check_resumed(self) -> None:
-        """A model that hands more than hidden states from layer to layer runs whole each time."""
-        middle = self.found.layers // 2
-        if not middle:
-            return
-        with self.resume.from_layer(middle):
-            again = answer(self.model, self.pairs, self.pairs.ids)[0]
-        if not self._same(again):
-            self.resume.kept.clear()
-
-    @torch.no_grad()
-    def layer(self, layer: int, heads: Sequence[int], outputs: Tensor) -> Tensor:
-        """Logit differences (U, B) with each of `heads` of a layer replaced, alone, by its slice of outputs (B, N, H, D)."""
-        parts = []
-        for at in range(0, len(heads), self.size):
-            some = list(heads[at : at + self.size])
-            tail = slice(self.start, None)
-            change = Fold(layer, self.base.z[layer][:, tail], outputs[:, tail], some, self.where[:, tail])
-            parts.append(self.run(layer, [change], len(some)).view(len(some), -1))
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def run(self, layer: int, transforms: Sequence[Any], copies: int) -> Tensor:
-        """LD (copies · B,) of a pass from `layer` on, with transforms attached."""
-        prefix = None if self.prefix is None else self.prefix.copied(copies, layer)
-        with (
-            _folded(self.resume, layer, copies, self.start),
-            attach(self.model, transforms=transforms, stack=self.stack),
-        ):
-            return answer(self.model, self.pairs, self.pairs.ids, copies, prefix)[1]
-
-    def all_heads(self, outputs: Callable[[int], Tensor], track: Callable[[Any], Any] = iter) -> Tensor:
-        """Logit differences (L, H, B), one head replaced at a time; `outputs(layer)` is (B, N, H, D)."""
-        heads = range(self.found.heads)
-        return torch.stack([self.layer(layer, heads, outputs(layer)) for layer in track(range(self.found.layers))])
-
-
-@dataclass(frozen=True, eq=False)
-class Fold:
-    """The transform of a resumed pass: a layer's recorded outputs, once per head, each with its own head replaced."""
-
-    layer: int
-    base: Tensor  # (B, N, H, D)
-    other: Tensor
-    heads: Sequence[int]
-    where: Tensor  # (B, N)
-
-    def __call__(self, call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
-        if call.layer != self.layer:
-            return attend()
-        U, B = len(self.heads), len(self.base)
-        out = self.base.repeat(U, 1, 1, 1).unflatten(0, (U, B))  # (U, B, N, H, D)
-        for u, head in enumerate(self.heads):
-            mine = self.where[..., None]
-            out[u, :, :, head] = torch.where(mine, self.other[:, :, head], self.base[:, :, head])
-        return out.flatten(0, 1)
-
-
-@contextlib.contextmanager
-def _folded(resume: Resume, layer: int, copies: int, start: int) -> Iterator[None]:
-    """A pass from `layer` on whose batch is the recorded one, `copies` times over, from column `start` on."""
-    kept = resume.kept
-    point = layer if layer in kept else 0
-    resume.kept = {point: repeated(kept[point], copies, start)} if point else {}
-    try:
-        with resume.from_layer(point):
-            yield
-    finally:
-        resume.kept = kept
-
-
-def repeated(output: Any, copies: int, start: int) -> Any:
-    """What a layer gave back, `copies` times over, from column `start` on."""
-    return with_first(output, first(output)[:, start:].repeat(copies, 1, 1))
 
 
 def shares(after: Tensor, base: Tensor, other: Tensor, reduce: str = "ratio_of_means") -> Tensor:

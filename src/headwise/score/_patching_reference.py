@@ -1,11 +1,11 @@
-"""Patching as it is defined, one head and two whole passes at a time: slow, and what the fast engine is tested against.
+"""Patching as it is defined, one head or expert and two whole passes at a time: slow, and what the fast engine is tested against.
 
 Letters: B pairs, N columns, H query heads, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from headwise.attach import HeadCall, attach, find_stack
+from headwise.attach.experts import find_experts
 from headwise.edits import Edit
 from headwise.score._blocks import Blocks, first, with_first
+from headwise.score._expert_sweep import watching
 from headwise.score._patching import Run, answer
 from headwise.score._paths import with_parts
 from headwise.units import HeadSet
@@ -62,6 +64,22 @@ def path_one(
             wanted[:, :, head] = other.z[layer][:, :, head]
         return torch.where(mine, wanted, attend())
 
+    with ExitStack() as inside:
+        if freeze_mlps:
+            _freeze_mlps(model, pairs, where, inside)
+        inside.enter_context(attach(model, transforms=[freeze]))
+        arrived = answer(model, pairs, pairs.ids)[1]
+    if receivers is None:
+        return arrived
+    with attach(model, transforms=[_receiving(groups, seen, through, where)]):
+        return answer(model, pairs, pairs.ids)[1]
+
+
+def _receiving(
+    groups: Mapping[int, Sequence[int]], seen: Mapping[int, HeadCall], through: str, where: Tensor
+) -> Callable:
+    """The transform of pass B: every receiver computed anew with q, k or v of the calls `seen` at the patched columns."""
+
     def receive(call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
         out = attend()
         for h in groups.get(call.layer, ()):
@@ -73,15 +91,7 @@ def path_one(
             out[:, :, h] = with_parts(call, changed).attend()[:, :, h]
         return out
 
-    with ExitStack() as inside:
-        if freeze_mlps:
-            _freeze_mlps(model, pairs, where, inside)
-        inside.enter_context(attach(model, transforms=[freeze]))
-        arrived = answer(model, pairs, pairs.ids)[1]
-    if receivers is None:
-        return arrived
-    with attach(model, transforms=[receive]):
-        return answer(model, pairs, pairs.ids)[1]
+    return receive
 
 
 def _freeze_mlps(model: PreTrainedModel, pairs: PromptPairs, where: Tensor, inside: ExitStack) -> None:
@@ -108,3 +118,73 @@ def _freeze_mlps(model: PreTrainedModel, pairs: PromptPairs, where: Tensor, insi
     for layer, mlp in enumerate(mlps):
         handle = mlp.register_forward_hook(put(layer))
         inside.callback(handle.remove)
+
+
+def expert_part(module: Any, seen: tuple[Any, ...], expert: int) -> Tensor:
+    """What one expert added to the tokens of a recorded call (hidden, index, weight, …), (T, C): the call with all other weights 0."""
+    hidden, index, weight = seen[:3]
+    result: Tensor = module(hidden, index, weight * (index == expert).to(weight.dtype))
+    return result
+
+
+@torch.no_grad()
+def expert_one(
+    model: PreTrainedModel,
+    pairs: PromptPairs,
+    unit: str,
+    where: Tensor,
+    *,
+    base: Run | None = None,
+    receivers: HeadSet | None = None,
+    through: str = "",
+    direct: bool = False,
+) -> Tensor:
+    """LD (B,) with one expert's part taken from the other run, in whole passes: its total effect, or only its `direct` path.
+
+    `base` is a `record` of the heads, which the direct path keeps; its MLPs answer live.
+    """
+    layer, expert = HeadSet.parse(unit).pairs()[0]
+    stack = find_experts(model)
+    module = next(one.experts for one in stack.layers if one.layer == layer)
+    runs: list[tuple[Any, ...]] = []
+    for ids in (pairs.ids, pairs.corrupt):
+        seen: dict[int, tuple[Any, ...]] = {}
+        with watching(stack, seen):
+            answer(model, pairs, ids)
+        runs.append(seen[layer])
+    moved = expert_part(module, runs[1], expert) - expert_part(module, runs[0], expert)
+    moved = moved * where.reshape(-1, 1)
+    handle = module.register_forward_hook(lambda m, a, output: output + moved)
+    try:
+        if not direct:
+            return answer(model, pairs, pairs.ids)[1]
+        assert base is not None
+        return _two_passes(model, pairs, base, receivers, through, where, handle)
+    finally:
+        handle.remove()
+
+
+def _two_passes(
+    model: PreTrainedModel,
+    pairs: PromptPairs,
+    base: Run,
+    receivers: HeadSet | None,
+    through: str,
+    where: Tensor,
+    sending: Any,
+) -> Tensor:
+    """Pass A with all heads frozen, pass B with q, k or v of the receivers from it."""
+    groups = {} if receivers is None else receivers.by_layer()
+    seen: dict[int, HeadCall] = {}
+
+    def freeze(call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
+        seen[call.layer] = call
+        return torch.where(where[..., None, None], base.z[call.layer], attend())
+
+    with attach(model, transforms=[freeze]):
+        arrived = answer(model, pairs, pairs.ids)[1]
+    if receivers is None:
+        return arrived
+    sending.remove()
+    with attach(model, transforms=[_receiving(groups, seen, through, where)]):
+        return answer(model, pairs, pairs.ids)[1]

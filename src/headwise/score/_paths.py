@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from headwise.attach import HeadCall
+from headwise.attach import HeadCall, find_stack
 from headwise.attach.projection import head_weights, output_projection
 from headwise.errors import ScoreError
 from headwise.score._blocks import (
@@ -31,7 +31,8 @@ from headwise.score._blocks import (
     with_first,
     with_hidden,
 )
-from headwise.score._patching import Run, Sweep, answer, difference, quiet, record, shares
+from headwise.score._patching import Run, difference, quiet
+from headwise.score._sweep import Sweep
 from headwise.units import HeadSet
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Wave:
 class Paths:
     """Path patching of one batch of pairs at one set of columns: `one column a row`, or all real columns."""
 
+    made_of: type[Sweep] = Sweep
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -68,31 +71,25 @@ class Paths:
         self.model, self.pairs, self.where, self.stack, self.freeze = model, pairs, where, stack, freeze_mlps
         self.columns = chosen_columns(where, pairs.mask)
         with quiet(model), torch.no_grad():
-            self.sweep = Sweep(model, pairs, where, stack=stack, rows=rows)
-            self.found = self.sweep.found
+            self.found = find_stack(model, stack)
             self.blocks = Blocks(model, self.found, stack)
             self.kept = Kept(self.blocks)
-            with self.kept.recording():
-                answer(model, pairs, pairs.ids)
+            self.sweep = self.made_of(model, pairs, where, stack=stack, rows=rows, watch=self.kept)
             self.base = self.sweep.base
-            self.other: Run = record(model, pairs, pairs.corrupt, stack)
+            self.other: Run = self.sweep.record(pairs, pairs.corrupt)
 
-    def scores(
-        self,
-        receivers: HeadSet | None,
-        through: str = "q",
-        reduce: str = "ratio_of_means",
-        track: Callable[[Any], Any] = iter,
-    ) -> Tensor:
-        """The share (L, H) of the two prompts' difference that each head carries to the receivers, None for the logits."""
-        heads, after = range(self.found.heads), []
-        with quiet(self.model):
+    def differences(self, receivers: HeadSet | None, through: str = "q", track: Callable[[Any], Any] = iter) -> Tensor:
+        """LD (L, U, B) when each unit of each layer reaches the receivers alone, None for the logits."""
+        units, after = range(self.sweep.units), []
+        with quiet(self.model), self.sweep.attached():
             for layer in track(range(self.found.layers)):
-                if receivers is None:
-                    after.append(self.to_logits(layer, heads))
+                if self.base.z[layer] is None:  # a layer without experts
+                    after.append(self.base.difference.expand(len(units), -1))
+                elif receivers is None:
+                    after.append(self.to_logits(layer, units))
                 else:
-                    after.append(self.to_heads(layer, heads, receivers, through))
-        return shares(torch.stack(after), self.base.difference, self.other.difference, reduce).cpu()
+                    after.append(self.to_heads(layer, units, receivers, through))
+        return torch.stack(after)
 
     def delta(self, layer: int, heads: Sequence[int]) -> Tensor:
         """What the senders add to the residual at the patched columns: (z' − z) W_O^h, (U, B, P, C)."""
@@ -111,12 +108,11 @@ class Paths:
         forwards: dict[nn.Module, Callable] = {}
         for l in range(layer, self.found.layers):
             frozen = at_columns(first(attentions[l]), self.columns, U)
-            if l == layer:
-                frozen = frozen + self.delta(layer, heads).flatten(0, 1)
             forwards[self.blocks.attentions[l]] = constant(with_first(attentions[l], frozen))
             if self.freeze:
                 same = at_columns(first(mlps[l]), self.columns, U)
                 forwards[self.blocks.mlps[l]] = constant(with_first(mlps[l], same))
+        self._sending(forwards, layer, heads)
         start = at_columns(self.kept.entered[layer], self.columns, U)
         end = max(watch) + 1 if watch else self.found.layers
         for l in (*range(layer), *range(end, self.found.layers)):  # nobody looks at what these would do
@@ -137,6 +133,12 @@ class Paths:
             columns, at = self._last()
             out = self.model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
         return Wave({}, out[torch.arange(len(out), device=out.device), at.repeat(U)].float())
+
+    def _sending(self, forwards: dict[nn.Module, Callable], layer: int, units: Sequence[int]) -> None:
+        """Put what the senders add into the frozen outputs of their layer."""
+        output = self.kept.attention[layer]
+        sent = at_columns(first(output), self.columns, len(units)) + self.delta(layer, units).flatten(0, 1)
+        forwards[self.blocks.attentions[layer]] = constant(with_first(output, sent))
 
     def _last(self) -> tuple[Tensor, Tensor]:
         """Places among the patched columns where the answer is read: the distinct ones, and which is each row's."""
@@ -183,7 +185,7 @@ class Paths:
                 hook = self._project(wave.read[l], change, copies)
                 handle = self.blocks.attentions[l].register_forward_pre_hook(hook, with_kwargs=True)
                 inside.callback(handle.remove)
-            return self.sweep.run(min(groups), [change], copies)
+            return self.sweep.run(min(groups), change, copies)
 
     def _project(self, read: Tensor, change: Receive, copies: int) -> Callable:
         """Before a receiving layer runs, run it once on what pass A read, only to see the q, k, v that it makes."""
@@ -208,9 +210,7 @@ class Receive:
     """The transform of pass B: at the receivers, q, k or v of the patched columns are those that pass A makes."""
 
     def __init__(self, groups: Mapping[int, Sequence[int]], through: str, where: Tensor):
-        unknown = set(through) - set(COMPONENTS)
-        if unknown or not through:
-            raise ScoreError(f"through={through!r}; write some of the letters {', '.join(COMPONENTS)}")
+        checked_through(through)
         self.groups, self.through, self.where = groups, through, where[:, None, :, None]
         self.capturing = False
         self.seen: dict[int, dict[str, Tensor]] = {}
@@ -271,10 +271,17 @@ def _entry(hidden: Tensor) -> Callable:
     return hook
 
 
-def checked_receivers(receivers: HeadSet | None, fingerprint: Any) -> HeadSet | None:
+def checked_receivers(receivers: HeadSet | None, fingerprint: Any, name: str = "receivers") -> HeadSet | None:
     """Receivers that the model has; None stands for the logits."""
     if receivers is not None:
         receivers.check(fingerprint)
         if not len(receivers):
-            raise ScoreError("receivers is empty; name heads, or leave it out for the logits")
+            raise ScoreError(f"{name} is empty; name heads, or leave out receivers= for the logits")
     return receivers
+
+
+def checked_through(through: str) -> str:
+    """Some of the letters q, k, v."""
+    if not isinstance(through, str) or not through or set(through) - set(COMPONENTS):
+        raise ScoreError(f"through={through!r}; write some of the letters {', '.join(COMPONENTS)}")
+    return through

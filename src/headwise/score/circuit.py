@@ -7,55 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from headwise.attach import fingerprint
 from headwise.errors import ScoreError
 from headwise.registry import register
+from headwise.score._circuit import Circuit, Stage
 from headwise.score._patching import ROWS, Task, column_mask, make_pairs, need_language_model
-from headwise.score._paths import Paths
+from headwise.score._path_batch import PathBatch
 from headwise.tasks.pairs import PromptPairs
 from headwise.units import HeadScores, HeadSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One round of path patching: to which receivers (None: the logits), through what, all scores, and the heads kept."""
-
-    receivers: HeadSet | None
-    through: str
-    scores: HeadScores
-    kept: HeadSet
-
-
-@dataclass(frozen=True)
-class Circuit:
-    """The stages of a search, from the logits backwards."""
-
-    stages: tuple[Stage, ...]
-
-    @property
-    def heads(self) -> HeadSet:
-        """Union of what the stages kept."""
-        found = HeadSet.empty()
-        for stage in self.stages:
-            found = found | stage.kept
-        return found
-
-    def overlap(self, other: Circuit) -> dict[str, float]:
-        """Heads in both circuits over those in either one (`union`), in this one (`mine`) and in the other (`theirs`)."""
-        shared = len(self.heads & other.heads)
-        return {
-            "union": shared / len(self.heads | other.heads),
-            "mine": shared / len(self.heads),
-            "theirs": shared / len(other.heads),
-        }
 
 
 @register("score", "circuit", paper="29")
@@ -98,13 +63,8 @@ def circuit(
         model, tokenizer, pairs=pairs, task=task, count=count, through=through, share=share, freeze_mlps=freeze_mlps,
         rows=rows, seed=seed,
     )  # fmt: skip
-    values = torch.zeros_like(found.stages[0].scores.values)
-    for stage in found.stages:
-        for layer, head in stage.kept.pairs():
-            values[layer, head] = max(values[layer, head], stage.scores.values[layer, head].abs())
-    meta: dict[str, Any] = {"stages": len(found.stages), "share": share, "heads": len(found.heads), "seed": seed}
-    first = found.stages[0].scores
-    return HeadScores(values=values, method="circuit", data=first.data, fingerprint=first.fingerprint, meta=meta)
+    scores = found.scores()
+    return replace(scores, meta={**scores.meta, "share": share, "seed": seed})
 
 
 def find_circuit(
@@ -125,7 +85,7 @@ def find_circuit(
     if not 0 < share <= 1:
         raise ScoreError(f"share={share}; it must lie in (0, 1]")
     chosen = make_pairs(model, tokenizer, pairs, task, count, seed)
-    paths = Paths(model, chosen, column_mask(chosen, "last"), freeze_mlps=freeze_mlps, rows=rows)
+    paths = PathBatch(model, chosen, column_mask(chosen, "last"), freeze_mlps=freeze_mlps, rows=rows)
     made_for = fingerprint(model)
     data = "own pairs" if pairs is not None else f"{len(chosen)} pairs of {task}"
     stages: list[Stage] = []

@@ -8,7 +8,9 @@ from headwise.attach import fingerprint
 from headwise.registry import register
 from headwise.score._copying import track
 from headwise.score._patching import ROWS, Reduce, Task, column_mask, make_pairs, need_language_model
-from headwise.score._paths import Paths, checked_receivers
+from headwise.score._path_batch import PathBatch
+from headwise.score._paths import checked_receivers
+from headwise.score._units import PatchUnit
 from headwise.tasks.pairs import PromptPairs
 from headwise.units import HeadScores, HeadSet
 
@@ -27,19 +29,20 @@ def path_patching(
     receivers: HeadSet | None = None,
     through: str = "q",
     tokens: Any = "last",
+    unit: PatchUnit = "head",
     freeze_mlps: bool = False,
     reduce: Reduce = "ratio_of_means",
     rows: int = ROWS,
     seed: int = 0,
     progress: bool = False,
 ) -> HeadScores:
-    """How far a head moves the answer on its direct path to a receiver: 0 not at all, 1 as far as the corrupted prompt.
+    """How far a unit moves the answer on its direct path to a receiver: 0 not at all, 1 as far as the corrupted prompt.
 
         score[l,h] = (LD(path patched) − LD(prompt)) / (LD(twin) − LD(prompt))
 
     Pass A: the sender's output is the twin's, all other heads are frozen to the prompt's, MLPs answer live unless frozen. Pass B: the
     receivers read what pass A brought them, everything else is live. arXiv 2310.08744 stores −100 times this. A sender in the
-    layer of the lowest receiver or above scores 0 through it: nothing flows back. Gives HeadScores of kind "head", (L, H).
+    layer of the lowest receiver or above scores 0 through it: nothing flows back. Gives HeadScores of "head" (L, H) or "expert" (L, E).
 
     pairs: prompts and corrupted twins of your own instead of `task` and `count`.
     task: "induction" works with any vocabulary; "ioi" and "colored-objects" need names and colours of one token.
@@ -47,6 +50,7 @@ def path_patching(
     receivers: heads that receive; by default the logits.
     through: what of the receivers is patched, some of "q", "k", "v". k and v are those of one query head, also where heads share them.
     tokens: where senders send and receivers receive: "last", "all"; or one column of each row (from Python).
+    unit: what sends: "head", or "expert", whose part goes out behind the attention of its layer.
     freeze_mlps: MLPs too keep the prompt's outputs; the direct path is then the residual stream alone.
     reduce: the ratio of mean effects, or the mean of the pairs' ratios.
     rows: rows of a folded batch at most; results do not depend on it.
@@ -61,10 +65,12 @@ def path_patching(
     need_language_model(model)
     checked_receivers(receivers, fingerprint(model))
     chosen = make_pairs(model, tokenizer, pairs, task, count, seed)
-    paths = Paths(model, chosen, column_mask(chosen, tokens), freeze_mlps=freeze_mlps, rows=rows)
+    paths = PathBatch(model, chosen, column_mask(chosen, tokens), unit=unit, freeze_mlps=freeze_mlps, rows=rows)
     values = paths.scores(receivers, through, reduce, lambda layers: track(layers, "path patching", progress))
     to = "logits" if receivers is None else f"{through} of {receivers}"
     meta: dict[str, Any] = {"receivers": to, "freeze_mlps": freeze_mlps, "reduce": reduce, "pairs": len(chosen)}
     data = "own pairs" if pairs is not None else f"{len(chosen)} pairs of {task}"
     meta["seed"] = seed
-    return HeadScores(values=values, method="path-patching", data=data, fingerprint=fingerprint(model), meta=meta)
+    return HeadScores(
+        values=values, kind=unit, method="path-patching", data=data, fingerprint=fingerprint(model), meta=meta
+    )

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headwise.attach import attach, fingerprint
+from headwise.attach import Attachment, attach, fingerprint
 from headwise.checks import finite, whole
 from headwise.edits import HeadEdits
 from headwise.errors import EditError
@@ -73,12 +72,14 @@ class guided:  # noqa: N801 - used like a function
         self.seen, self.step, self.counted = 0, 0, False
         self._busy = False
         self._handle: Any = None
+        self._attachment: Attachment | None = None
 
     def __enter__(self) -> guided:
         if isinstance(self.perturbation, HeadEdits):
             self.perturbation.check(fingerprint(self.denoiser, self.stack))
-        with self._degraded():  # an attachment that fails, fails here and not in the middle of a sampler
-            pass
+        self._attachment = self._attached()  # once: a step only takes it up and lays it down
+        if self._attachment is not None:
+            self._attachment.suspend()
         self.seen, self.step, self.counted = 0, 0, False
         self._handle = self.denoiser.register_forward_hook(self._after, with_kwargs=True)
         return self
@@ -87,6 +88,8 @@ class guided:  # noqa: N801 - used like a function
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.remove()
+        if self._attachment is not None:
+            self._attachment.detach()
 
     def callback(self, pipe: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         """For a pipeline's `callback_on_step_end`: tells which step comes next and how many there are."""
@@ -94,11 +97,25 @@ class guided:  # noqa: N801 - used like a function
         self.steps = int(getattr(pipe, "num_timesteps", 0) or 0) or self.steps
         return tensors
 
-    def _degraded(self) -> AbstractContextManager[Any]:
+    def _attached(self) -> Attachment | None:
+        """The degraded pass, attached; None where nothing would be degraded."""
         if isinstance(self.perturbation, HeadEdits):
             edits = self.perturbation
-            return attach(self.denoiser, edits=edits, stack=self.stack) if len(edits) else nullcontext()
-        return self.perturbation.attached(self.denoiser, stack=self.stack)
+            return attach(self.denoiser, edits=edits, stack=self.stack) if len(edits) else None
+        made = self.perturbation.attached(self.denoiser, stack=self.stack)
+        return made if isinstance(made, Attachment) else None
+
+    def _degraded(self, args: tuple, kwargs: dict) -> Tensor:
+        """The prediction of the degraded pass."""
+        if self._attachment is not None:
+            self._attachment.resume()
+        self._busy = True
+        try:
+            return prediction(self.denoiser(*args, **kwargs))
+        finally:
+            self._busy = False
+            if self._attachment is not None:
+                self._attachment.suspend()
 
     def _active(self) -> bool:
         number, self.seen = self.seen, self.seen + 1
@@ -127,12 +144,7 @@ class guided:  # noqa: N801 - used like a function
             )
         if self.cfg is not None:
             args, kwargs = _rows(args, rows, len(pred)), _rows(kwargs, rows, len(pred))
-        self._busy = True
-        try:
-            with self._degraded():
-                perturbed = prediction(module(*args, **kwargs))
-        finally:
-            self._busy = False
+        perturbed = self._degraded(args, kwargs)
         pushed = push(pred[rows], perturbed, self.w if self.cfg is None else self.w / self.cfg)
         return with_prediction(output, pushed if self.cfg is None else torch.cat([pred[: len(pred) // 2], pushed]))
 

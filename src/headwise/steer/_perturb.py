@@ -5,7 +5,7 @@ Letters: B batch, R candidates, L layers, H query heads, N queries, U perturbed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from headwise.attach import HeadCall, attach, fingerprint
-from headwise.attach.diffusers import segments
 from headwise.checks import finite, shown
 from headwise.edits import Edit, HeadEdits
 from headwise.errors import EditError, UnitError
@@ -43,7 +42,7 @@ class Perturbation:
     geodesic: Geodesic = "linear"
     scope: Scope = "all"
     beta: float = 0.5
-    _layers: dict[int, tuple[tuple[int, ...], Tensor]] = field(init=False, repr=False, compare=False)
+    _layers: dict[int, tuple[tuple[int, ...], Tensor | float]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.heads, HeadSet) or self.heads.kind != "head":
@@ -63,20 +62,30 @@ class Perturbation:
                 raise EditError(f"{unit} has weight {weight}; a strength lies in [0, 1]")
         object.__setattr__(self, "_layers", self._by_layer())
 
-    def _by_layer(self) -> dict[int, tuple[tuple[int, ...], Tensor]]:
+    def _by_layer(self) -> dict[int, tuple[tuple[int, ...], Tensor | float]]:
         found: dict[int, list[tuple[int, float]]] = {}
         for unit, weight in zip(self.heads, self.heads.weights(), strict=True):
             if self.u * weight > 0:
                 found.setdefault(unit.layer, []).append((unit.index, self.u * weight))
         return {
-            layer: (tuple(h for h, _ in pairs), torch.tensor([[s for _, s in pairs]]))  # (1, U)
-            for layer, pairs in found.items()
+            layer: (tuple(h for h, _ in pairs), _one_or_all([s for _, s in pairs])) for layer, pairs in found.items()
         }
+
+    @property
+    def in_layers(self) -> Collection[int]:
+        """Layers with a perturbed head: the others are left without a hook."""
+        return self._layers.keys()
 
     def __call__(self, call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
         """The transform: head outputs (B, N, H, D) with those of the chosen heads degraded."""
         chosen = self._layers.get(call.layer)
-        return attend() if chosen is None else perturb(self, call, attend(), *chosen)
+        if chosen is None:
+            return attend()
+        heads, strengths = chosen
+        if isinstance(strengths, Tensor) and strengths.device != call.q.device:
+            strengths = strengths.to(call.q.device)
+            self._layers[call.layer] = heads, strengths  # copied once, not at every step
+        return perturb(self, call, attend(), heads, strengths)
 
     def check(self, made_for: Fingerprint) -> None:
         """UnitError for a head that the model lacks."""
@@ -123,37 +132,47 @@ class Candidates:
         return perturb(self.like, call, attend(), heads, table[:, list(heads)].repeat_interleave(rows, 0))
 
 
-def perturb(how: Perturbation, call: HeadCall, out: Tensor, heads: tuple[int, ...], strengths: Tensor) -> Tensor:
-    """`out` (B, N, H, D) with `heads` moved towards the target by `strengths` (1 or B, U), in the rows of the scope.
+def perturb(
+    how: Perturbation, call: HeadCall, out: Tensor, heads: tuple[int, ...], strengths: Tensor | float
+) -> Tensor:
+    """`out` (B, N, H, D) with `heads` moved towards the target by `strengths` (1 or B, U), or one for all, in the rows of the scope.
 
     Without gradients the rows are changed in place: the tensor was made by this call's own attention. Heads of strength 0 stay
     as they are to the bit, heads of strength 1 become the target to the bit.
     """
     out = out.clone() if torch.is_grad_enabled() else out
-    places = place(heads)
-    old = out[:, :, places]
-    view = View(call, heads, old, slice(0, out.shape[1]), segments(call))
+    places = place(heads, out.device)
+    view = View(call, heads, out[:, :, places], slice(0, out.shape[1]))
     if how.scope != "all":
         view = replace(view, rows=view.part(how.scope))
     if how.geodesic == "linear":
-        target = TARGETS[how.target](view, float(how.beta)).to(old.dtype)
-        _move(out, view, places, target, strengths)
+        _move(out, view, places, TARGETS[how.target](view, float(how.beta)), strengths)
     else:
-        s = strengths.to(out.device)[:, None, :, None]
+        s = torch.as_tensor(strengths).expand(1, len(heads)) if isinstance(strengths, float) else strengths
+        s, old = s.to(out.device)[:, None, :, None], view.out
         out[:, view.rows, places] = torch.where(s > 0, geodesic(view, s, how.geodesic), old)[:, view.rows]
     return out
 
 
-def _move(out: Tensor, view: View, places: Any, target: Tensor, strengths: Tensor) -> None:
-    """out = (1 − s) · out + s · target for the heads and rows of the view, in place: one kernel where heads follow each other."""
-    old, target = view.out[:, view.rows], target[:, view.rows]
-    first = float(strengths.flatten()[0])  # strengths live on the CPU: nothing waits for the device
-    alike = bool((strengths == first).all())
-    s: Any = first if alike else strengths.to(out.device, out.dtype)[:, None, :, None]
+def _move(out: Tensor, view: View, places: Any, target: Tensor, strengths: Tensor | float) -> None:
+    """out = (1 − s) · out + s · target for the heads and rows of the view, in place: one kernel where heads are evenly spaced."""
+    old, target = view.out[:, view.rows], target.to(out.dtype)[:, view.rows]
+    if isinstance(strengths, Tensor) and strengths.device.type == "cpu":  # of candidates: nothing waits for the device
+        strengths = _one_or_all(strengths)
+    s: Any = strengths
+    if isinstance(strengths, Tensor):
+        s = strengths.to(out.device, out.dtype)[:, None, :, None]
     if isinstance(places, slice) and not torch.is_grad_enabled():
         old.lerp_(target, s)
     else:
         out[:, view.rows, places] = torch.lerp(old, target, s)
+
+
+def _one_or_all(strengths: Tensor | Sequence[float]) -> Tensor | float:
+    """One number if all are equal, else the table (1 or B, U)."""
+    table = torch.as_tensor(strengths)
+    first = float(table.flatten()[0])
+    return first if bool((table == first).all()) else table.reshape(-1, table.shape[-1])
 
 
 def push(pred: Tensor, perturbed: Tensor, w: float) -> Tensor:

@@ -28,6 +28,7 @@ Letters: B batch, N queries, M keys, U heads that are perturbed, K kv heads, D h
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headwise.attach import HeadCall
+from headwise.attach.diffusers import segments
 from headwise.errors import EditError
 
 BLOCK = 1 << 22  # logits of one block of rows
@@ -72,18 +74,17 @@ class View:
     heads: tuple[int, ...]
     out: Tensor
     rows: slice
-    segments: dict[str, slice]
 
     @property
     def kv(self) -> Any:
-        """The kv head that each perturbed head reads: a slice where they follow each other, which copies nothing."""
+        """The kv head that each perturbed head reads, as `place` gives it."""
         size = self.call.q.shape[1] // self.call.k.shape[1]
-        return place([h // size for h in self.heads])
+        return place([h // size for h in self.heads], self.out.device)
 
     @property
     def q(self) -> Tensor:
         """(B, U, N, D)."""
-        return self.call.q[:, place(self.heads)]
+        return self.call.q[:, place(self.heads, self.out.device)]
 
     @property
     def k(self) -> Tensor:
@@ -107,7 +108,7 @@ class View:
 
     def part(self, name: str) -> slice:
         """The image or the text tokens. EditError where the call does not say which they are."""
-        found = self.segments.get(name)
+        found = segments(self.call).get(name)
         if found is None:
             raise EditError(
                 f"layer {self.call.layer}: this call does not say which tokens are {name} tokens, so a target or scope that "
@@ -149,14 +150,23 @@ class View:
         return torch.cat(found, dim=-1).transpose(1, 2)[..., None]
 
 
-def place(numbers: Sequence[int]) -> Any:
-    """Numbers as a slice where each is one more than the one before, else as a list."""
-    first = numbers[0]
-    return (
-        slice(first, first + len(numbers))
-        if list(numbers) == list(range(first, first + len(numbers)))
-        else list(numbers)
-    )
+def place(numbers: Sequence[int], device: torch.device | str = "cpu") -> Any:
+    """Numbers as a slice where they are evenly spaced, which copies nothing; else as an index on the device, kept for the next call.
+
+    >>> place([4, 5, 6]), place([0, 2, 4]), place([1, 2, 5])
+    (slice(4, 7, 1), slice(0, 5, 2), tensor([1, 2, 5]))
+    """
+    first, step = numbers[0], numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    last = first + step * (len(numbers) - 1)
+    if step > 0 and list(numbers) == list(range(first, last + 1, step)):
+        return slice(first, last + 1, step)
+    return _index(tuple(numbers), torch.device(device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def _bool_or_float(mask: Tensor | None, q: Tensor) -> Tensor | None:

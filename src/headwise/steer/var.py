@@ -14,18 +14,23 @@ from torch import Tensor
 
 from headwise import storage
 from headwise.attach import HeadCall, find_stack, fingerprint
-from headwise.attach.images import decoder_stack, looked_up
+from headwise.attach.images import InLayers, decoder_stack, looked_up
 from headwise.attach.observe import row_statistics
 from headwise.attach.sinks import SinkTokens, check_dims, check_tau, find_sink_dims
 from headwise.checks import finite, numbers, shown, whole
 from headwise.errors import AttachError, EditError
 from headwise.registry import register
+from headwise.steer import _var_rows as few_rows
 from headwise.storage import StrPath, decoding, field
 from headwise.tasks.pictures import picture_batches
 from headwise.units import Fingerprint, HeadSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+BLOCK = 1 << 24
+"""Weights that are made at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +125,8 @@ class Redistributed(SinkTokens):
         super().__init__(model, rule.dims, rule.tau, rule.layers)
         self.rule = rule
         self._selected: dict[int, Tensor] = {}
-        self.attach_with(self._transform)
+        self._heads: dict[int, Tensor] = {}
+        self.attach_with(InLayers(self._transform, rule.layers, own_attention=True))
 
     def begin(self, ids: Tensor, mask: Tensor) -> None:
         """Forget what was seen of the prompt before."""
@@ -133,22 +139,69 @@ class Redistributed(SinkTokens):
         return {layer: int(count) for layer, count in self._selected.items()}
 
     def _transform(self, call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
-        out = attend()  # (B, N, H, D)
-        if self.paused or call.layer not in self.rule.layers:
-            return out
+        if self.paused:
+            return attend()
         self.check_call(call)
         if not self.rule.move or not self.any_image_sink.get(call.layer):
-            return out
+            return attend()
         if call.options.get("dropout"):
             raise AttachError(
                 "VAR works with several attention calls, which dropout would make disagree: call model.eval()"
             )
+        if few_rows.serves(call):
+            return self._one_token(call)
+        out = attend()  # (B, N, H, D)
         queries = self.text_queries().to(out.device)  # (B, N)
+        if few_rows.is_dense(call):
+            return self._by_rows(call, out, queries)
         masses = self._masses(call, queries)
         chosen = self._choose(call, masses) & queries[:, None]  # (B, H, N)
-        count = chosen.sum()  # stays on its device: a decode step waits for nothing
-        self._selected[call.layer] = count + self._selected.get(call.layer, 0)
-        return self._move(call, out, masses, chosen)
+        self._count(call.layer, chosen)
+        return self._move(call, out, _ratio(masses, chosen), chosen)
+
+    def _by_rows(self, call: HeadCall, out: Tensor, queries: Tensor) -> Tensor:
+        """The rows that may be edited, in blocks, by their weights; the others are not looked at."""
+        B, H, N, D = call.q.shape
+        columns, codes = _columns_of(queries), self.codes(call.layer)
+        step = max(1, BLOCK // (B * H * call.k.shape[2]))
+        for part in columns.split(step, 1):
+            rows = few_rows.Rows.of(call, codes, part)
+            masses = rows.masses()
+            chosen = self._choose(call, masses) & queries.gather(1, part)[:, None]
+            self._count(call.layer, chosen)
+            at = part[..., None, None].expand(-1, -1, H, out.shape[-1])
+            old = out if N == 1 else out.gather(1, at)
+            new = rows.moved(old, _ratio(masses, chosen), chosen, self.rule.move)
+            out = new if N == 1 else out.scatter(1, at, new)
+        return out
+
+    def _count(self, layer: int, chosen: Tensor) -> None:
+        """Stays on its device: a decode step waits for nothing."""
+        self._selected[layer] = chosen.sum() + self._selected.get(layer, 0)
+
+    def _one_token(self, call: HeadCall) -> Tensor:
+        """A decode step on a GPU: attention and redistribution in one kernel."""
+        layer, rule = call.layer, self.rule
+        if layer not in self._selected:
+            self._selected[layer] = torch.zeros((), dtype=torch.long, device=call.q.device)
+        return few_rows.redistribute(
+            call,
+            self.codes(layer),
+            None if rule.heads is None else self._allowed(call).view(torch.uint8),
+            self._selected[layer],
+            move=rule.move,
+            rho=rule.rho if rule.centric else None,
+            minimum_mass=rule.minimum_mass,
+        )
+
+    def _allowed(self, call: HeadCall) -> Tensor:
+        """Which heads of this layer the rule's `heads` leave to choose from, (H,)."""
+        if call.layer not in self._heads:
+            allowed = torch.zeros(call.q.shape[1], dtype=torch.bool)
+            numbers = [u.index - call.site.first_head for u in self.rule.heads or () if u.layer == call.layer]
+            allowed[[n for n in numbers if 0 <= n < len(allowed)]] = True
+            self._heads[call.layer] = allowed.to(call.q.device)
+        return self._heads[call.layer]
 
     def _keys(self, layer: int) -> dict[str, Callable[[Tensor], Tensor]]:
         """Groups of keys by name, each a test on positions (B or 1, …)."""
@@ -166,10 +219,7 @@ class Redistributed(SinkTokens):
         """
         tests = {name: _of_key(test) for name, test in self._keys(call.layer).items()}
         B, H, N = call.q.shape[:3]
-        if N == 1:
-            return row_statistics(call, (), tests, None)
-        count = max(1, int(queries.sum(1).max()))
-        columns = queries.long().argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values  # (B, R)
+        columns = _columns_of(queries)
         found = row_statistics(call, (), tests, columns)
         at = columns[:, None].expand(-1, H, -1)
         return {name: values.new_zeros(B, H, N).scatter(2, at, values) for name, values in found.items()}
@@ -180,20 +230,30 @@ class Redistributed(SinkTokens):
         if self.rule.centric:
             chosen &= (image >= self.rule.minimum_mass) & (rest >= self.rule.rho * image)
         if self.rule.heads is not None:
-            allowed = torch.zeros(image.shape[1], dtype=torch.bool, device=image.device)
-            numbers = [u.index - call.site.first_head for u in self.rule.heads if u.layer == call.layer]
-            allowed[[n for n in numbers if 0 <= n < len(allowed)]] = True
-            chosen &= allowed[:, None]
+            chosen &= self._allowed(call)[:, None]
         return chosen
 
-    def _move(self, call: HeadCall, out: Tensor, masses: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
+    def _move(self, call: HeadCall, out: Tensor, ratio: Tensor, chosen: Tensor) -> Tensor:
         """O − p·O_sinks + (p·P_sinks / P_rest)·O_rest where chosen; the parts are attention over values that are 0 elsewhere."""
         keys = self._keys(call.layer)
         o_sinks, o_rest = (call.attend(key_weight=keys[name]) for name in ("sinks", "rest"))
-        tiny = torch.finfo(torch.float32).tiny
-        ratio = (masses["sinks"] / masses["rest"].clamp(min=tiny)).transpose(1, 2)[..., None]  # (B, N, H, 1)
-        moved = out.float() + self.rule.move * (ratio * o_rest.float() - o_sinks.float())
+        gain = ratio.transpose(1, 2)[..., None]  # (B, N, H, 1)
+        moved = out.float() + self.rule.move * (gain * o_rest.float() - o_sinks.float())
         return torch.where(chosen.transpose(1, 2)[..., None], moved.to(out.dtype), out)
+
+
+def _columns_of(queries: Tensor) -> Tensor:
+    """Columns (B, R) of the queries that may be edited, (B, N) bool, in order; rows that have fewer get others to fill up."""
+    if queries.shape[1] == 1:
+        return queries.new_zeros(queries.shape, dtype=torch.long)
+    count = max(1, int(queries.sum(1).max()))
+    return queries.long().argsort(dim=1, descending=True, stable=True)[:, :count].sort(1).values
+
+
+def _ratio(masses: Mapping[str, Tensor], chosen: Tensor) -> Tensor:
+    """P_sinks / P_rest where chosen, elsewhere a number that nobody uses; finite even where the sinks leave next to nothing."""
+    rest = masses["rest"].masked_fill(~chosen, 1.0)
+    return masses["sinks"] / rest.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _of_key(test: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

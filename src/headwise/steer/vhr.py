@@ -23,7 +23,7 @@ from headwise.attach.divergence import (
     vision_aware,
     without_outliers,
 )
-from headwise.attach.images import ImageTokens, decoder_stack
+from headwise.attach.images import ImageTokens, InLayers, decoder_stack
 from headwise.checks import finite, numbers, whole
 from headwise.errors import EditError
 from headwise.registry import register
@@ -101,8 +101,8 @@ class VHR:
 class ReinforcedHeads(ImageTokens):
     """VHR at work in a model.
 
-    `divergence[layer]` (B, H) float32 and `heads[layer]` (B, H) bool are of the last prompt; `factors[layer]` (B, H) is
-    what the outputs are multiplied by. `choose(layer, divergence) -> (B, H) bool` takes another rule than the median.
+    `divergence[layer]` (B, H) float32 and `heads[layer]` (B, H) bool are of the last prompt; `factors[layer]` (B, 1, H, 1)
+    is what the outputs are multiplied by. `choose(layer, divergence) -> (B, H) bool` takes another rule than the median.
     """
 
     def __init__(self, model: PreTrainedModel, rule: VHR, choose: Callable[[int, Tensor], Tensor] | None = None):
@@ -112,7 +112,7 @@ class ReinforcedHeads(ImageTokens):
         self.divergence: dict[int, Tensor] = {}
         self.heads: dict[int, Tensor] = {}
         self.factors: dict[int, Tensor] = {}
-        self.attach_with(self._transform)
+        self.attach_with(InLayers(self._transform, rule.layers))
 
     def begin(self, ids: Tensor, mask: Tensor) -> None:
         """One pass of the decoder over the batch without its images, before the pass with them."""
@@ -122,16 +122,16 @@ class ReinforcedHeads(ImageTokens):
     def _transform(self, call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
         out = attend()  # (B, N, H, D)
         layer = call.layer
-        if layer not in self.rule.layers:
-            return out
         if self.paused:
             self.without[layer] = last_rows(call, out.detach())[:, 0]
             return out
         self.check_call(call)
         if self.fresh and layer not in self.factors:
             self._choose(layer, last_rows(call, out.detach())[:, 0])
-        factors = self.factors[layer][:, None, :, None]
-        return (out.float() * factors).to(out.dtype)  # in float32: a product in float16 may overflow on the way
+        factors = self.factors[layer]  # float32, so that the products are too: in float16 they may overflow on the way
+        if torch.is_grad_enabled():
+            return (out * factors).to(out.dtype)
+        return out.mul_(factors)  # one kernel, in place: the tensor was made by this call's own attention
 
     def _choose(self, layer: int, seen: Tensor) -> None:
         values = divergence(seen, self.without[layer], self.rule.metric)
@@ -139,7 +139,7 @@ class ReinforcedHeads(ImageTokens):
             values = without_outliers(values, self.without[layer])
         heads = self.choose(layer, values)
         self.divergence[layer], self.heads[layer] = values, heads
-        self.factors[layer] = torch.ones_like(values).masked_fill(heads, self.rule.alpha)
+        self.factors[layer] = torch.ones_like(values).masked_fill(heads, self.rule.alpha)[:, None, :, None]
 
 
 @register("steer", "vhr", paper="22")

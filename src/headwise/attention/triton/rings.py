@@ -37,8 +37,8 @@ class Counters:
         if B * K > MAX_SEGMENTS:
             raise ValueError(f"at most {MAX_SEGMENTS} (row, kv head) pairs in one step, got {B * K}")
         programs = 4 if _host.interpreting() else 2 * _host.multiprocessors(at.device.index)
-        empty = (at.new_empty(shape) for shape in ((L, B * K + 1), (L, programs), (L, 1)))
-        return cls(at, filled, wrap, limit, torch.zeros_like(at), position, *empty)
+        starts, first, share = (at.new_empty(shape) for shape in ((L, B * K + 1), (L, programs), (L, 1)))
+        return cls(at, filled, wrap, limit, torch.zeros_like(at), position, starts, first, share)
 
     def splits(self, layer: int) -> SplitPlan:
         """The split of one layer's work, as views."""

@@ -23,6 +23,8 @@ from headwise.tasks import Prompt, even_depths, exact_match, make_passkey, perpl
 from headwise.units import HeadScores, HeadSet
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from headwise.report.demo import Story
 
 STREAM = SinkWindow(sinks=16, window=128)
@@ -93,13 +95,14 @@ def budgets(story: Story) -> Section:
         for depth in even_depths(s.plan_prompts, 0.1, 0.7)  # outside of every window
     ]
     text = held_out(story.tokenizer, s.perplexity_tokens)
-    full = _measure(story, HeadPlan.full(kv.layers, kv.units), "full cache", prompts, text)
+    full = measure_plan(story.model, HeadPlan.full(kv.layers, kv.units), "full cache", prompts, text)
     runs = [full]
     for count in s.full_heads:
         sets = {"by score": kv.top(count), "the opposite": kv.bottom(count)}
         draws = kv.random_sets(count, s.plan_draws, generator=generator, exclude=HeadSet.empty("kv"))
         for kind, keep in [*sets.items(), *[("random", d) for d in draws]]:
-            runs.append(_measure(story, HeadPlan.from_set(keep, STREAM, kv.layers, kv.units), kind, prompts, text))
+            used = HeadPlan.from_set(keep, STREAM, kv.layers, kv.units)
+            runs.append(measure_plan(story.model, used, kind, prompts, text))
     story.findings["budgets"] = [vars(r) for r in runs]
     middle = s.full_heads[len(s.full_heads) // 2]
     best = next(r for r in runs if r.kind == "by score" and r.full_heads == middle)
@@ -144,29 +147,32 @@ def budgets(story: Story) -> Section:
     )
 
 
-def _measure(story: Story, used: HeadPlan, kind: str, prompts: Sequence[Prompt], text: torch.Tensor) -> PlanRun:
+def measure_plan(
+    model: PreTrainedModel, used: HeadPlan, kind: str, prompts: Sequence[Prompt], text: torch.Tensor
+) -> PlanRun:
+    """Recall of prompts and perplexity of a text (N,) through the plan's own cache, its bytes and its speed."""
     made: list[HeadwiseCache] = []
 
     def cache() -> HeadwiseCache:
         made.append(HeadwiseCache(used))
         return made[-1]
 
-    with headwise.attach(story.model, plan=used):
-        recall = exact_match(story.model, prompts, through="cache", cache=cache)
-        nbytes, rate = made[-1].nbytes, _decode_rate(story, made[-1])
+    with headwise.attach(model, plan=used):
+        recall = exact_match(model, prompts, through="cache", cache=cache)
+        nbytes, rate = made[-1].nbytes, _decode_rate(model, made[-1])
         made.clear()
-        ppl = perplexity(story.model, text, window=min(len(text), 1024), tokens=len(text), through="cache", step=256)
+        ppl = perplexity(model, text, window=min(len(text), 1024), tokens=len(text), through="cache", step=256)
     return PlanRun(kind, len(used.full_heads()), recall.mean, recall.tokens, len(prompts), ppl, nbytes, rate)
 
 
-def _decode_rate(story: Story, cache: HeadwiseCache, steps: int = 8) -> float:
+def _decode_rate(model: PreTrainedModel, cache: HeadwiseCache, steps: int = 8) -> float:
     """Tokens a second behind what the cache holds; the median step, as other work may disturb some."""
-    token = torch.zeros(cache.layers[0].batch_size, 1, dtype=torch.long)
+    token = torch.zeros(cache.layers[0].batch_size, 1, dtype=torch.long, device=model.device)
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
         with torch.no_grad():
-            story.model(token, past_key_values=cache)
+            model(token, past_key_values=cache)
         seconds.append(time.perf_counter() - start)
     return 1 / sorted(seconds)[steps // 2]
 
