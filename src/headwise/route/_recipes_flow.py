@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from headwise.attach import attach
-from headwise.models.flow_dit import dit_velocity, flow_dit
+from headwise.models.flow_dit import flow_dit, velocity_error, velocity_of
 from headwise.models.flow_vit import flow_vit, train_flow
 from headwise.models.loop import Run
 from headwise.route._recipes import Job, Student, Trained, busiest_head
@@ -117,25 +117,6 @@ def measure_flow(student: Student, drawn: Drawn) -> dict[str, float]:
     with attach(student.model, router=student.router), student.router.recording() as load:
         error = velocity_error(student.model, *held)
     return {"held_out_loss": error, "active": student.router.share, "busiest": busiest_head(student.router, load)}
-
-
-def velocity_of(model: Any) -> Any:
-    """v(x, t, labels) of either kind."""
-    return dit_velocity(model) if hasattr(model, "transformer_blocks") else model
-
-
-@torch.no_grad()
-def velocity_error(model: Any, pixels: Tensor, labels: Tensor, *, seed: int = 99, batch: int = 256) -> float:
-    """Mean square error of the velocity on pictures (B, 1, S, S), one time and one noise a picture, the same at every call."""
-    generator = torch.Generator().manual_seed(seed)
-    t, noise = torch.rand(len(pixels), generator=generator), torch.randn(pixels.shape, generator=generator)
-    device, total = next(model.parameters()).device, 0.0
-    for at in range(0, len(pixels), batch):
-        x, y, s, n = (part[at : at + batch].to(device) for part in (pixels, labels, t, noise))
-        mix = s[:, None, None, None]
-        error = velocity_of(model)((1 - mix) * x + mix * n, s, y) - (n - x)
-        total += float(error.square().flatten(1).mean(1).sum())
-    return total / len(pixels)
 
 
 def _stacked(rows: Any) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from headwise.models.flow_dit import dit_velocity, flow_dit
+from headwise.models.flow_dit import flow_dit, velocity_error, velocity_of
 from headwise.models.flow_vit import flow_vit, train_flow
 from headwise.models.loop import Run
 from headwise.registry import register
@@ -101,25 +100,6 @@ def train_flow_dit(
         job,
         model,
         trained,
-        lambda made: {"held_out_loss": held_out_loss(made, *held)},
+        lambda made: {"held_out_loss": velocity_error(made, *held)},
         lambda made, place: made.save_pretrained(place),
     )
-
-
-def velocity_of(model: Any) -> Any:
-    """v(x, t, labels) of either kind."""
-    return dit_velocity(model) if hasattr(model, "transformer_blocks") else model
-
-
-@torch.no_grad()
-def held_out_loss(model: Any, pixels: Tensor, labels: Tensor, *, seed: int = 99, batch: int = 256) -> float:
-    """Mean square error of the velocity, one time and one noise a picture."""
-    generator = torch.Generator().manual_seed(seed)
-    t, noise = torch.rand(len(pixels), generator=generator), torch.randn(pixels.shape, generator=generator)
-    device, total = next(model.parameters()).device, 0.0
-    for at in range(0, len(pixels), batch):
-        x, y, s, n = (part[at : at + batch].to(device) for part in (pixels, labels, t, noise))
-        mix = s[:, None, None, None]
-        error = velocity_of(model)((1 - mix) * x + mix * n, s, y) - (n - x)
-        total += float(error.square().flatten(1).mean(1).sum())
-    return total / len(pixels)
