@@ -130,3 +130,17 @@ def test_plans_by_content_step_too(model, name, how):
     with headwise.attach(model, plan=plan, capture=how == "graph"):
         texts.append(generate(model, cuda(batch), new=24).cpu())
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("how", ["device", "graph"])
+def test_what_leaves_is_averaged_on_the_device(model, how):
+    """A compensation token through steps and graphs: the text of the host."""
+    row = (Full(), SinkWindow(2, 9, compensation="count"), Full(), SinkWindow(0, 5, compensation="one"))
+    plan = HeadPlan(patterns=(row,) * LAYERS, prefill="dense")
+    batch, texts = padded((40, 13)), []
+    with headwise.attach(model.cpu(), plan=plan):
+        texts.append(generate(model, batch, new=30))
+    model.cuda()
+    with headwise.attach(model, plan=plan, capture=how == "graph"):
+        texts.append(generate(model, cuda(batch), new=30).cpu())
+    assert torch.equal(*texts)

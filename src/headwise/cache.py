@@ -63,7 +63,7 @@ class HeadwiseCache(Cache):
         """From here on tokens come one at a time, and their bookkeeping moves to the device: fewer launches, none that waits for the host.
 
         None, and nothing changes, where our kernels do not run (`everywhere` takes torch's operations there) or where a pattern's slots
-        follow no rule that a device can count by: windows that lengthen with the text, and compensation tokens. What is no such step
+        follow no rule that a device can count by: windows that lengthen with the text. What is no such step
         (a chunk, beams, taking back) ends them by itself; where that happens at once and again, they do not begin any more.
         """
         if not self.countable(everywhere=everywhere):
@@ -238,6 +238,7 @@ class HeadwiseLayer(CacheLayerMixin):
         """End the steps, if any: the stores learn what was written."""
         if self.steps is None:
             return
+        self.steps.finish(self.index)
         for store in self.stores:
             store.settle(self.columns(), self.steps.count)
         self.steps.closed, self.steps = True, None

@@ -59,7 +59,8 @@ class Ring:
 
     Every head of every row has its own ring, int32 (B, Kg): the next token goes to slot `at`, the one after it to `at + 1` or, behind
     slot `limit` - 1, to `wrap`. The first `filled` slots hold tokens, which every later query reads. `skip`: so many slots of padding
-    lie in front of slot 0, row by row, and count in none of these numbers. `room`: tokens until a slot is missing; None: never.
+    lie in front of slot 0, row by row, and count in none of these numbers. `room`: tokens until a slot is missing; None: never. What
+    leaves a full ring is added to `folded`, where there is one.
     """
 
     heads: tuple[int, ...]
@@ -72,6 +73,10 @@ class Ring:
     limit: Tensor
     room: int | None
     skip: list[int] | None = None
+    folded: tuple[Tensor, Tensor, Tensor] | None = (
+        None  # means k, v (B, Kg, D) and number (B, 1) of what left the ring, float32
+    )
+    weighed: bool = True  # does the compensation token count as many as it stands for?
 
 
 class Store:

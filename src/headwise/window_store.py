@@ -185,8 +185,8 @@ class WindowStore(Store):
 
     @property
     def countable(self) -> bool:
-        """Not with a window that lengthens, nor with compensation."""
-        return not self.pattern.compensated and (self.pattern.grows or isinstance(self.pattern, SinkWindow))
+        """Not with a window that lengthens."""
+        return self.pattern.grows or isinstance(self.pattern, SinkWindow)
 
     def rings(self, seen: Columns, room: int) -> list[Ring]:
         """Behind the sinks the window turns; what only grows is filled up."""
@@ -209,7 +209,25 @@ class WindowStore(Store):
         at, filled = (x[:, None].expand(B, Kg) for x in (at, filled))
         wrap, limit = (at.new_full((B, Kg), x) for x in (sinks, C))
         left = None if size == C else C - longest
-        return [Ring(self.heads, self.k, self.v, self.positions[:, None], at, filled, wrap, limit, left)]
+        if self.pattern.compensated and self.folded is None:
+            mean = self.k.new_zeros(B, Kg, self.k.shape[3], dtype=torch.float32)
+            self.folded = mean, torch.zeros_like(mean), mean.new_zeros(B, 1)
+        positions, counted = self.positions[:, None], self.pattern.compensation == "count"
+        return [
+            Ring(
+                self.heads,
+                self.k,
+                self.v,
+                positions,
+                at,
+                filled,
+                wrap,
+                limit,
+                left,
+                folded=self.folded,
+                weighed=counted,
+            )
+        ]
 
     def _in_order(self, longest: int, slots: int) -> None:
         """Kept tokens by position, empty slots behind them, `slots` in all; the longest row holds `longest` tokens."""

@@ -33,13 +33,22 @@ def test_steps_against_loops(B, K, D):
     ]
     tables[2][:, :, 0] = 0  # the first head keeps no positions
     want_k, want_v, want_p = k.clone(), v.clone(), positions.clone()
+    means, lost = [], {}  # the last head counts what it lost, the first keeps no means, those between count it as one
+    for _ in range(L):
+        numbers = torch.zeros(B, K, device=device)
+        weigh = torch.tensor([0, *[1] * (K - 2), 2][-K:], dtype=torch.int32, device=device)
+        hats = torch.zeros(2, B, K, D, device=device)
+        means.append((hats[0], hats[1], numbers, torch.full_like(numbers, -torch.inf), weigh))
     for step in range(20):
         new = torch.randn(L, 2, B, 1, K, D, generator=gen).to(device).transpose(3, 4)  # (L, 2, B, K, 1, D), strided
         advance(rings)
         for l in range(L):
-            write(new[l, 0], new[l, 1], *(t[l] for t in tables), rings.slot[l], rings.position)
+            pointers = (t[l] for t in tables)
+            write(new[l, 0], new[l, 1], *pointers, rings.slot[l], rings.gone[l], rings.position, means[l])
         for l, b, h in torch.cartesian_prod(torch.arange(L), torch.arange(B), torch.arange(K)).tolist():
             slot = int(at[l, b, h])
+            if int(filled[l, b, h]) == int(limit[l, b, h]):
+                lost.setdefault((l, b, h), []).append(torch.stack([want_k[l, b, h, slot], want_v[l, b, h, slot]]))
             want_k[l, b, h, slot], want_v[l, b, h, slot] = new[l, 0, b, h, 0], new[l, 1, b, h, 0]
             if h:
                 want_p[l, b, h, slot] = b + step + 1
@@ -47,6 +56,15 @@ def test_steps_against_loops(B, K, D):
             filled[l, b, h] = min(int(filled[l, b, h]) + 1, int(limit[l, b, h]))
     for have, want in ((k, want_k), (v, want_v), (positions, want_p), (rings.at, at), (rings.filled, filled)):
         assert torch.equal(have.cpu(), want.cpu())
+    assert B * K == 1 or any(len(gone) > 3 for gone in lost.values())
+    for (l, b, h), gone in lost.items():
+        k_hat, v_hat, number, log_count, weigh = means[l]
+        kind, average = int(weigh[h]), torch.stack(gone).mean(0)
+        if kind:
+            torch.testing.assert_close(torch.stack([k_hat[b, h], v_hat[b, h]]), average, rtol=1e-5, atol=1e-5)
+        assert float(number[b, h]) == (len(gone) if kind else 0)
+        want = [-torch.inf, 0.0, torch.tensor(float(len(gone))).log()][kind]
+        assert float(log_count[b, h]) == pytest.approx(float(want))
     for l in range(L):
         plan, own = plan_splits(rings.filled[l].contiguous()), rings.splits(l)
         assert all(torch.equal(getattr(plan, name), getattr(own, name)) for name in ("starts", "first", "share"))

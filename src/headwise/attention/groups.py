@@ -94,6 +94,7 @@ class Table:
     v_ptr: Tensor
     filled: Tensor
     groups: Callable[[], list[KVGroup]]
+    compensation: Compensation | None = None  # of all kv heads in order, log count -inf where a head has none
     splits: Any = None
 
 

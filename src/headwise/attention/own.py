@@ -180,8 +180,10 @@ def _selected(request: Request) -> tuple[Tensor, Tensor | None]:
 
 
 def _by_table(request: Request, table: Table) -> tuple[Tensor, Tensor | None]:
+    from headwise.attention.triton import Compensation as Tokens
     from headwise.attention.triton import ragged_decode
 
+    extra = table.compensation
     found = ragged_decode(
         request.q,
         table.k_ptr,
@@ -189,6 +191,7 @@ def _by_table(request: Request, table: Table) -> tuple[Tensor, Tensor | None]:
         table.filled,
         scale=request.scale,
         plan=table.splits,
+        compensation=None if extra is None else Tokens(extra.k, extra.v, extra.log_count),
         return_lse=request.need_lse,
     )
     out, lse = found if isinstance(found, tuple) else (found, None)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def advance_rings(
-    At, Filled, Wrap, Limit, Slot, Position, Starts, First, Share, segments, P, B,
+    At, Filled, Wrap, Limit, Slot, Gone, Position, Starts, First, Share, segments, P, B,
     BN: tl.constexpr, S: tl.constexpr, PP: tl.constexpr, SB: tl.constexpr,
 ):  # fmt: skip
     """One program a layer: the slot of the coming token, where the one after it goes, how many are held, and the even split."""
@@ -22,7 +22,9 @@ def advance_rings(
     wrap = tl.load(Wrap + here, mask=on, other=0)
     tl.store(Slot + here, at, mask=on)
     tl.store(At + here, tl.where(at + 1 >= limit, wrap, at + 1), mask=on)
-    filled = tl.minimum(tl.load(Filled + here, mask=on, other=0) + 1, limit)
+    before = tl.load(Filled + here, mask=on, other=0)
+    tl.store(Gone + here, (before >= limit).to(tl.int32), mask=on)
+    filled = tl.minimum(before + 1, limit)
     tl.store(Filled + here, filled, mask=on)
     if layer == 0:
         b = tl.arange(0, SB)
@@ -43,10 +45,13 @@ def advance_rings(
 
 @triton.jit
 def write_rings(
-    Knew, Vnew, Kptr, Vptr, PosPtr, Slot, Position, kb, kh, vb, vh,
-    K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    Knew, Vnew, Kptr, Vptr, PosPtr, Slot, Gone, Position, Khat, Vhat, Number, LogCount, Weigh, kb, kh, vb, vh,
+    K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """One program a (row, kv head): the new key and value go to their slot, and the position of the token beside them."""
+    """One program a (row, kv head): the new key and value go to their slot, and the position of the token beside them.
+
+    With FOLD what leaves for them is added to the means of its head, k_hat <- (n k_hat + k) / (n + 1), if it keeps any.
+    """
     s = tl.program_id(0)
     b = (s // K).to(tl.int64)
     h = s % K
@@ -54,6 +59,19 @@ def write_rings(
     slot = tl.load(Slot + s).to(tl.int64)
     k_base = tl.load(Kptr + s).to(tl.pointer_type(Knew.dtype.element_ty))
     v_base = tl.load(Vptr + s).to(tl.pointer_type(Vnew.dtype.element_ty))
+    if FOLD:
+        weigh = tl.load(Weigh + h)
+        if (weigh > 0) & (tl.load(Gone + s) > 0):
+            n = tl.load(Number + s)
+            share = 1.0 / (n + 1.0)
+            k_old = tl.load(k_base + slot * D + d, mask=d < D, other=0.0).to(tl.float32)
+            v_old = tl.load(v_base + slot * D + d, mask=d < D, other=0.0).to(tl.float32)
+            k_hat = tl.load(Khat + s * D + d, mask=d < D, other=0.0)
+            v_hat = tl.load(Vhat + s * D + d, mask=d < D, other=0.0)
+            tl.store(Khat + s * D + d, k_hat + (k_old - k_hat) * share, mask=d < D)
+            tl.store(Vhat + s * D + d, v_hat + (v_old - v_hat) * share, mask=d < D)
+            tl.store(Number + s, n + 1.0)
+            tl.store(LogCount + s, tl.where(weigh == 2, tl.log(n + 1.0), 0.0))
     tl.store(k_base + slot * D + d, tl.load(Knew + b * kb + h * kh + d, mask=d < D), mask=d < D)
     tl.store(v_base + slot * D + d, tl.load(Vnew + b * vb + h * vh + d, mask=d < D), mask=d < D)
     positions = tl.load(PosPtr + s)
