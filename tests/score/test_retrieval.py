@@ -380,8 +380,9 @@ def test_smollm2_has_few_retrieval_heads_and_needs_them():
     assert len(scores.at_least(0.1)) <= 0.2 * len(scores)
     assert "L18H6" in scores.top(3)
     check = retrieval_check(
-        model, tokenizer, scores, top=(3,), random_sets=1, tests=3, length=512, text_tokens=0, seed=1
-    )
+        model, tokenizer, scores, top=(3, 8), random_sets=1, tests=6, length=512, text_tokens=0, seed=1
+    )  # the texts are this Python's own documents: over six prompts 0.17 and 0.33 were measured without the best three
     assert check.intact.result.mean == 1
-    assert check.top(3).result.mean <= 1 / 3
-    assert check.random(3)[0].result.mean == 1
+    assert check.top(3).result.mean <= 1 / 2
+    assert check.top(8).result.mean <= 1 / 6
+    assert check.random(3)[0].result.mean == check.random(8)[0].result.mean == 1

@@ -42,6 +42,14 @@ def test_passkeys_of_all_sizes(length, depth, digits, seed):
     assert "0" not in prompt.meta["key"]
 
 
+def test_a_short_key_that_also_stands_in_the_text_is_found_in_the_needle():
+    """One digit among many: the span is that of the needle, not of the digit nearest to the depth."""
+    text = "Issue 1 2 3 4 5 6 7 8 9. " * 40
+    for seed in range(8):
+        prompt = make_passkey(TOKENIZER, length=400, depth=0.4, digits=1, generator=seeded(seed), haystack=text)
+        assert TOKENIZER.decode(prompt.ids[: prompt.needle_span[0]]).endswith("The pass key is ")
+
+
 @pytest.mark.parametrize("depth", [0, 0.25, 0.5, 1])
 def test_the_key_stands_where_it_was_asked_for(depth):
     prompt = make_passkey(TOKENIZER, length=2000, depth=depth, generator=seeded())

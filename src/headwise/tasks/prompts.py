@@ -67,12 +67,18 @@ def insert_needle(haystack: str, needle: str, depth: float, at: Literal["sentenc
     >>> insert_needle("One two. Three four. Five.", " HERE!", 0.7, at="word")
     'One two. Three HERE! four. Five.'
     """
+    stop = needle_place(haystack, depth, at)
+    return haystack[:stop] + needle + haystack[stop:]
+
+
+def needle_place(haystack: str, depth: float, at: Literal["sentence", "word"] = "sentence") -> int:
+    """Characters of the haystack that stand before the needle."""
     cut = round(len(haystack) * depth)
     marks, kept = ((". ", ".\n"), 1) if at == "sentence" else ((" ", "\n"), 0)
     stop = max(0, *(haystack.rfind(mark, 0, cut) + kept for mark in marks))
     if cut == len(haystack) and (at == "word" or haystack.endswith(".")):
         stop = cut
-    return haystack[:stop] + needle + haystack[stop:]
+    return stop
 
 
 def find_span(ids: Sequence[int], part: Sequence[int], *, near: int = 0) -> tuple[int, int] | None:
@@ -110,10 +116,11 @@ def build_prompt(
     if length + 1 > tokenizer.model_max_length:
         raise TaskError(f"length={length} and its answer exceed the context of {tokenizer.model_max_length} tokens")
     hay = _fit(tokenizer, layout, length, depth, generator, haystack, special)
-    start = len(encode(tokenizer, layout.before + hay[: round(len(hay) * depth)], special=special))
+    place = len(layout.before) + needle_place(hay, depth, layout.at)
     for lead, answer in layout.endings:
         text = layout.before + insert_needle(hay, layout.needle, depth, layout.at) + layout.question + lead
-        found = _locate(tokenizer, text, answer, start, special)
+        before = text[: place + max(0, layout.needle.find(answer))]  # a short answer may stand elsewhere in the text
+        found = _locate(tokenizer, text, answer, len(encode(tokenizer, before, special=special)), special)
         if found is not None:
             ids, answer_ids, span = found
             facts = {"length": length, "depth": depth, "answer": answer, **(meta or {})}

@@ -130,12 +130,14 @@ def _built(
     for lead, said in ((best, answer), (best[:-1], f" {answer}")):
         ids, whole = encode(tokenizer, lead), encode(tokenizer, lead + said)
         if whole[: len(ids)] == ids and len(whole) > len(ids):
-            return _prompt(ids, whole[len(ids) :], lead, meta | {"answer": answer, "length": length})
+            fact = next((fact for fact in facts if answer in fact), "")
+            near = len(encode(tokenizer, lead[: lead.find(fact) + max(0, fact.find(answer))]))
+            return _prompt(ids, whole[len(ids) :], lead, near, meta | {"answer": answer, "length": length})
     raise TaskError(f"the tokenizer joins the answer {answer!r} to the words before it")
 
 
-def _prompt(ids: list[int], answer: list[int], text: str, meta: dict[str, object]) -> Prompt:
-    span = find_span(ids, answer)
+def _prompt(ids: list[int], answer: list[int], text: str, near: int, meta: dict[str, object]) -> Prompt:
+    span = find_span(ids, answer, near=near)
     if span is None:
         raise TaskError(f"the tokens of the answer {meta['answer']!r} are not found in the prompt, in their order")
     return Prompt(torch.tensor(ids), torch.tensor(answer), span, text, meta)
