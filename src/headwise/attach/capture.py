@@ -42,6 +42,7 @@ class Capture:
 
     def __init__(self, owner: nn.Module, cache: Callable[[], object], names: list[str]):
         self.owner, self.cache, self.names = owner, cache, names
+        self.before = owner.__dict__.get("forward")  # a forward pass that somebody else hung there
         self.original = owner.forward
         self.seen: set[tuple] = set()  # shapes that ran once: kernels are compiled, libraries set up
         self.graph: Graph | None = None
@@ -50,8 +51,10 @@ class Capture:
         owner.__dict__["forward"] = self.forward
 
     def remove(self) -> None:
-        """The model's own forward pass again."""
+        """The forward pass that was there before."""
         self.owner.__dict__.pop("forward", None)
+        if self.before is not None:
+            self.owner.__dict__["forward"] = self.before
         self.graph = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +66,7 @@ class Capture:
         assert isinstance(cache, HeadwiseCache)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         key = _key(given)
-        if key is None or key not in self.seen:
+        if key is None or key not in self.seen or not self.placed(given, cache):
             if key is not None:
                 self.seen.add(key)
             return self.original(*args, **kwargs)
@@ -82,6 +85,13 @@ class Capture:
         self.graph.graph.replay()
         self.replays += 1
         return _fresh(self.graph.out, cache)
+
+    def placed(self, given: dict[str, Any], cache: HeadwiseCache) -> bool:
+        """Do the inputs say where the tokens stand? A model that finds it out by itself would have the answer of one step captured:
+        it must take `position_ids`, and be given them where rows are padded.
+        """
+        stated = given.get("position_ids") is not None
+        return "position_ids" in self.names and (stated or cache.layers[0].start is None)
 
     def _inputs(self, given: dict[str, Any], cache: HeadwiseCache) -> dict[str, Tensor]:
         """The tensors of a step; positions are always among them, as a number would be captured with the rest."""

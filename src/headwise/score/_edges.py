@@ -9,6 +9,7 @@ Letters: B pairs, N columns, H query heads, D head dim, U senders in a batch, R 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,9 +45,8 @@ def received(paths: Paths, wave: Wave, layer: int, through: str, copies: int) ->
     hook = paths._project(wave.read[layer], change, copies)
     handle = paths.blocks.attentions[layer].register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        paths.sweep.run(layer, change, copies)
-    except _Caught:
-        pass
+        with suppress(_Caught):  # the pass ends where the outputs are
+            paths.sweep.run(layer, change, copies)
     finally:
         handle.remove()
     return change.outputs.unflatten(0, (copies, len(paths.pairs)))
