@@ -20,11 +20,11 @@ export TOKENIZERS_PARALLELISM := false
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
 PYTEST  := $(OFFLINE) $(BIN)/python -m pytest
 
-.PHONY: help demo test quick lint types house unit format papers bench clean
+.PHONY: help demo test quick lint types house unit format papers performance performance-page docs site-files clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*##/  make \1  \t/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*##/  make \1  \t/p' Makefile | expand -t 28
 
 demo: $(READY)  ## scores, plan, generation, ablation and MoH conversion on a real model -> report/report.html
 	@$(OFFLINE) OMP_NUM_THREADS=$(DEMO_THREADS) $(BIN)/headwise demo --out $(OUT)
@@ -45,6 +45,9 @@ types: $(READY)  ## mypy on the package
 house: $(READY)  ## import direction, generated tables
 	@$(BIN)/python tools/check_imports.py
 	@$(OFFLINE) $(BIN)/python tools/papers_table.py --check
+	@$(BIN)/python tools/performance_page.py --check
+	@$(OFFLINE) $(BIN)/python tools/api_pages.py --check
+	@$(BIN)/python tools/site_figure.py --check
 
 unit: $(READY)
 	@$(PYTEST) -q -n 2 --dist loadscope
@@ -55,12 +58,23 @@ format: $(READY)  ## let ruff rewrite what it can
 papers: $(READY)  ## write the table of the 33 systems into README.md and docs/papers.md
 	@$(OFFLINE) $(BIN)/python tools/papers_table.py --write
 
-bench: $(READY)  ## the kernels against this machine's fastest dense kernel, and what attaching costs
-	@for case in attention spans blocks decode; do $(BIN)/headwise bench $$case --out $(OUT)/bench || exit 1; done
-	@$(OFFLINE) $(BIN)/python benchmarks/foundation.py
+performance: $(READY)  ## every benchmark that this machine can run (half an hour on a quiet CPU), and docs/performance.md from the kept results
+	@$(OFFLINE) $(BIN)/python benchmarks/run_all.py
+
+performance-page: $(READY)  ## docs/performance.md anew from the kept results
+	@$(BIN)/python tools/performance_page.py --write
+
+docs: $(READY)  ## the documentation as a site, in site/index.html; needs no network when it is read
+	@$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "The site: $(abspath site)/index.html"
+
+site-files: $(READY)  ## the pages of the API reference and the landing page's figure, from the package and the recorded runs
+	@$(OFFLINE) $(BIN)/python tools/api_pages.py --write
+	@$(BIN)/python tools/site_figure.py --write
 
 clean:  ## the environment, the caches and the report; the converted model in the user's cache stays
-	rm -rf $(VENV) build dist report .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist site report .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

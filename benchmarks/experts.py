@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from foundation import rounds
+from timing import graphed, rounds
 
 from headwise.papers import environment
 from headwise.route import Experts, Router, SoftmaxTopK
@@ -37,20 +37,6 @@ def step(run: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callabl
     return both
 
 
-def graphed(run: Callable[[], None]) -> Callable[[], None]:
-    """The same work captured as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return graph.replay
-
-
 def compare(T: int, E: int, k: int, C: int, size: int, device: str, dtype: torch.dtype, count: int) -> dict[str, Any]:
     """One shape: milliseconds by back-end and of the dense layer, and the ratios that matter."""
     seeded = torch.Generator().manual_seed(0)
@@ -60,9 +46,12 @@ def compare(T: int, E: int, k: int, C: int, size: int, device: str, dtype: torch
     weight, index = (t.to(device) for t in torch.randn(T, E, generator=seeded).softmax(-1).topk(k))
     weight = weight.to(dtype)
     names = [name for name in BACKENDS if name != "grouped_mm" or grouped_mm_works(experts, x)]
-    reference = experts(x, index, weight, None, "loop")
-    for name in names:  # the gate
-        torch.testing.assert_close(experts(x, index, weight, None, name), reference, rtol=2e-2, atol=2e-2)
+    with (
+        torch.no_grad()
+    ):  # a graph that is kept alive would tie the gradients to this stream, and no capture could follow
+        reference = experts(x, index, weight, None, "loop")
+        for name in names:  # the gate
+            torch.testing.assert_close(experts(x, index, weight, None, name), reference, rtol=2e-2, atol=2e-2)
     leaves = [x, experts.gate_up_proj, experts.down_proj, dense.gate_up_proj, dense.down_proj]
     sides = {name: step(lambda name=name: experts(x, index, weight, None, name), leaves) for name in names}
     sides["one dense layer"] = step(lambda: dense.one(0, x), leaves)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
+from timing import rounds
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -28,29 +27,8 @@ from headwise.papers import environment
 SHAPES = {"llama3-8b": (32, 32, 8, 128), "llama2-7b": (32, 32, 32, 128)}  # layers, heads, kv heads, head dim
 
 
-def clock(device: str) -> float:
-    """Seconds, after all work on the device is done; on one CPU thread its own, so that other work does not count."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
-        return time.process_time()
-    return time.perf_counter()
-
-
-def rounds(sides: dict[str, Callable[[], None]], device: str, count: int = 5) -> dict[str, float]:
-    """Median seconds of each side; the sides take turns, so that drift of the machine hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(count + 1):
-        for name, run in sides.items():
-            start = clock(device)
-            run()
-            if turn:
-                times[name].append(clock(device) - start)
-    return {name: statistics.median(ts) for name, ts in times.items()}
-
-
 @torch.no_grad()
-def overhead(model: torch.nn.Module, tokens: int = 512, steps: int = 32) -> dict[str, float]:
+def overhead(model: torch.nn.Module, tokens: int = 512, steps: int = 32, count: int = 5) -> dict[str, float]:
     """Prefill and decode with nothing active, and while observing the arg-max keys of all heads, against the bare model."""
     ids = torch.randint(100, 40000, (1, tokens), generator=torch.Generator().manual_seed(0))
     idle = headwise.Edit.zero(headwise.HeadSet.parse("L0H0"), phase="decode", tokens=[10**6])  # never selects a token
@@ -83,7 +61,7 @@ def overhead(model: torch.nn.Module, tokens: int = 512, steps: int = 32) -> dict
 
     found = {}
     for name, run in (("prefill", prefill), ("decode", decode)):
-        t = rounds({"bare": run, "attached": attached(run), "observed": observed(run)}, "cpu")
+        t = rounds({"bare": run, "attached": attached(run), "observed": observed(run)}, "cpu", count)
         found[f"{name}_attached_ratio"] = t["attached"] / t["bare"]
         found[f"{name}_observed_ratio"] = t["observed"] / t["bare"]
         found[f"{name}_bare_s"] = t["bare"]
@@ -256,6 +234,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=("overhead", "plan"), help="one of the two CPU parts")
+    parser.add_argument("--rounds", type=int, default=5, help="of the first part")
     options = parser.parse_args()
     found: dict[str, object] = {"environment": environment()}
     if options.shape:
@@ -265,7 +244,7 @@ def main() -> int:
 
         model, _ = load_model("smollm2")
         if options.only != "plan":
-            found["overhead"] = overhead(model)
+            found["overhead"] = overhead(model, count=options.rounds)
         if options.only != "overhead":
             found["plan"] = plan_decode(model, options.context)
     print(json.dumps(found, indent=1))

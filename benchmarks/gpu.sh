@@ -28,10 +28,14 @@ case " $parts " in *" steps "*)
     run end_to_end_mha 120 python3 benchmarks/end_to_end.py --shapes mha --lengths 32768 131072 --batches 1 4 ;;
 esac
 case " $parts " in *" open "*)
-    HEADWISE_ROUTE_KERNELS=1 timeout 90 python3 -m pytest -q -p no:cacheprovider tests/route/test_permute.py tests/route/test_fused.py \
+    timeout 90 python3 -m pytest -q -p no:cacheprovider tests/route/test_permute.py tests/route/test_fused.py \
         tests/papers/test_step.py tests/steer/test_var_rows.py > "$OUT/open_tests.log" 2>&1; tail -n 5 "$OUT/open_tests.log"
-    HEADWISE_ROUTE_KERNELS=1 run experts 80 python3 benchmarks/experts.py --device cuda --dtype bfloat16
-    run vlm 60 python3 benchmarks/vlm.py overhead --device cuda
+    run experts 80 python3 benchmarks/experts.py --device cuda --dtype bfloat16
+    timeout 60 python3 -m pytest -q -p no:cacheprovider tests/steer/test_vlm_steps.py >> "$OUT/open_tests.log" 2>&1; tail -n 2 "$OUT/open_tests.log"
+    run vlm 90 python3 benchmarks/vlm.py overhead --device cuda
+    run vlm_kernel 40 python3 benchmarks/vlm.py kernel
+    run sweep 60 python3 benchmarks/vision.py sweep --device cuda --rounds 3
+    run transformer 60 python3 benchmarks/vision.py transformer --device cuda
     run throughput 70 python3 benchmarks/throughput.py --device cuda
     run patching 150 python3 benchmarks/patching/gpu.py --every 2 --rows 96,384 --out "$OUT/patching_h200.json" ;;
 esac

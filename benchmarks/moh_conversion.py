@@ -1,9 +1,9 @@
 """Conversion to mixture-of-head attention without training: perplexity on three kinds of text and passkeys, by options of the fit.
 
-usage: PYTHONPATH=src python benchmarks/moh_conversion.py [--model smollm2] [--out folder] [--seeds 3] [--quick]
+usage: PYTHONPATH=src python benchmarks/moh_conversion.py [--model smollm2] [--out folder] [--seeds 3] [--quick] [--only "queries, zero" …]
 
 One fit serves every number of heads. The fit reads English and source code; "stories" is narrative, of another kind; English and
-code are other documents. Writes folder/moh_conversion.json; no weights.
+code are other documents. Writes folder/moh_conversion.json after each case; no weights.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", default=".")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the case 'queries, rest'; the others run once")
+    parser.add_argument("--only", nargs="*", help="these cases, the first with further seeds; all by default")
+    parser.add_argument("--tokens", type=int, help="tokens of each fit, instead of the case's")
     parser.add_argument("--quick", action="store_true", help="few tokens: to see that it runs")
     args = parser.parse_args()
     started = time.monotonic()
@@ -53,8 +55,10 @@ def main() -> None:
     measure = Measure(model, tokenizer, tokens=1024 if args.quick else 16384, passkeys=2 if args.quick else 20)
     found: dict[str, Any] = {"dense": measure(None), "cases": {}}
     print("dense", found["dense"], flush=True)
-    for name, features, options in cases(args.seeds):
-        options = options | ({"tokens": 1024} if args.quick else {})
+    place = Path(args.out) / "moh_conversion.json"
+    for name, features, options in cases(args.seeds, args.only):
+        tokens = 1024 if args.quick else args.tokens
+        options = options | ({"tokens": tokens} if tokens else {})
         fitted = fit_heads(model, tokenizer, FitRecipe(features=features, **options))
         routers = {share: _router(fitted, share) for share in SHARES}
         if options.get("rounds", 1) > 1:  # a second round is of one number of heads
@@ -68,23 +72,29 @@ def main() -> None:
         heads = {f"{share:.3f}": r.active_counts() for share, r in routers.items()}
         found["cases"][name] = {"features": features, **options, "fit": fitted.found, "at": rows, "heads": heads}
         print(name, json.dumps(rows), flush=True)
+        write(place, found, device, started)
+
+
+def write(place: Path, found: dict[str, Any], device: str, started: float) -> None:
+    """What there is so far: a run that is cut off leaves its cases."""
     found["environment"] = {"torch": torch.__version__, "transformers": transformers.__version__, "device": device}
     if device == "cuda":
         found["environment"]["device"] = torch.cuda.get_device_name()
     found["seconds"] = round(time.monotonic() - started, 1)
-    place = Path(args.out) / "moh_conversion.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {place}, {found['seconds']} s")
+    print(f"written: {place}, {found['seconds']} s", flush=True)
 
 
-def cases(seeds: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every case once, and the best one with further seeds."""
-    for name, (features, options) in CASES.items():
-        yield name, features, options
-    features, options = CASES["queries, rest"]
+def cases(seeds: int, only: list[str] | None) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every case once, and one of them with further seeds."""
+    names = only or list(CASES)
+    for name in names:
+        yield name, *CASES[name]
+    name = names[0] if only else "queries, rest"
+    features, options = CASES[name]
     for seed in range(1, seeds):
-        yield f"queries, rest, seed {seed}", features, options | {"seed": seed}
+        yield f"{name}, seed {seed}", features, options | {"seed": seed}
 
 
 def _refitted(first: HeadRouter, model: Any, tokenizer: Any, options: dict[str, Any]) -> HeadRouter:

@@ -1,10 +1,10 @@
 """Mixture-of-head attention on a GPU: a language model from scratch, and the recovery of a converted one, beside dense controls.
 
 usage: PYTHONPATH=src python benchmarks/moh_training.py lm|recover [--model smollm2] [--out folder] [--size gpu] [--steps N] [--seed N]
-       [--teacher W] [--text library]
+       [--teacher W] [--text library] [--also 0.5] [--beta B] [--ste selected|all|none] [--absent rest|zero]
 
 lm: 12 layers of width 768 from scratch, dense, 75 % and 50 % of the heads, same starting weights and rows.
-recover: the model converted to 75 % and 50 % of its heads by the fitted router, and the dense model, trained on the same rows.
+recover: the model converted to 75 % and another share of its heads by the fitted router, and the dense model, trained on the same rows.
 Writes folder/moh_<part>[_<label>].json: settings, curves and figures of every arm; no weights.
 """
 
@@ -56,15 +56,18 @@ def recover(args: argparse.Namespace) -> dict:
         model=args.model,
         size=args.size,
         active=0.75,
-        also=0.5,
+        also=args.also or None,
         teacher=args.teacher,
+        beta=args.beta,
+        ste_scope=args.ste,
+        absent=args.absent,
         text=args.text,
         steps=args.steps,
         seed=args.seed,
         progress=args.progress,
     )
     print(trained, flush=True)
-    names = {"dense": "dense", "routed": "routed_0.75", "also": "routed_0.5"}
+    names = {"dense": "dense", "routed": "routed_0.75", "also": f"routed_{args.also:g}"}
     found = {names[a]: m | {"held_out_curve": trained.curves[a].held_out} for a, m in trained.measured.items()}
     heads = {names[a]: s.router.active_counts() for a, s in trained.students.items() if s.router is not None}
     return found | {"settings": trained.settings, "heads": heads}
@@ -83,6 +86,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--teacher", type=float, default=0.0)
+    parser.add_argument("--also", type=float, default=0.5, help="a second share of the heads; 0 for none")
+    parser.add_argument("--beta", type=float, default=0.01)
+    parser.add_argument("--ste", default="selected", choices=("selected", "all", "none"))
+    parser.add_argument("--absent", default="rest", choices=("rest", "zero"))
     parser.add_argument("--text", default="library", choices=("english", "mixed", "library"))
     parser.add_argument("--label", default="")
     parser.add_argument("--progress", action="store_true")

@@ -3,7 +3,7 @@
 # usage: OUT=folder benchmarks/routing_gpu.sh [check] [papers] [bench]     (all three by default; bench wants the GPU alone)
 set -u
 cd "$(dirname "$0")/.." || exit 1
-export HEADWISE_ROUTE_KERNELS=1 PYTHONPATH=src PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error OMP_NUM_THREADS=2
+export PYTHONPATH=src PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error OMP_NUM_THREADS=2
 parts="${*:-check papers bench}"
 case " $parts " in *" check "*)
     timeout 200 python3 -m pytest -q -p no:cacheprovider $(ls tests/route/test_permute.py tests/route/test_fused.py tests/papers/test_step.py 2> /dev/null) > "$OUT/routing_check.log" 2>&1

@@ -27,7 +27,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from steps import KERNELS, copy_rate, kernel, kernels, llama, synchronize, taken_apart
+from steps import KERNELS, copy_rate, kernel, kernels, llama, taken_apart
+from timing import synchronize
 
 import headwise
 from headwise.papers import environment

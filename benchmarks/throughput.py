@@ -15,7 +15,7 @@ filled as if it had been, so times are those of the shape. Compared, each at the
 - `moa`: the plan. Also at the batch of the full cache, and `hf` at the plan's batch, which takes twice the memory.
   On a GPU both are also run with `attach(…, capture=True)`, where the host launches a step as one CUDA graph.
 
-Prints one JSON object; `tokens_per_s` is rows over the wall clock of a step.
+Prints a JSON object a length, each with all rows so far; `tokens_per_s` is rows over the wall clock of a step.
 """
 
 from __future__ import annotations
@@ -137,8 +137,10 @@ def main() -> None:
     bench = Bench(model, given.gib, given.device, given.repeats)
     out: Row = {"environment": environment(), "layers": given.layers, "gib": given.gib}
     out["copy_tbs"] = copy_rate(given.device) / 1e12
-    out["rows"] = [row for tokens in given.lengths for row in at_length(bench, tokens)]
-    print(json.dumps(out, indent=1))
+    out["rows"] = []
+    for tokens in given.lengths:
+        out["rows"] += at_length(bench, tokens)
+        print(json.dumps(out), flush=True)  # the last line has all; a run that is cut off leaves the lengths before
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -224,6 +225,7 @@ def vit_sweep(device: str, small: bool, rounds: int, images: int, copies: int) -
     found = medians({"one_by_one": one_by_one, "resumed": resumed}, device, rounds)
     return {
         "images": images,
+        "copies": copies,
         "heads": len(heads),
         "one_by_one_ms": found["one_by_one"],
         "resumed_ms": found["resumed"],
@@ -238,7 +240,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="toy shapes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--copies", type=int, default=256, help="rows of a resumed pass")
+    parser.add_argument("--copies", type=int, nargs="+", default=[256], help="rows of a resumed pass")
     options = parser.parse_args()
     found: dict[str, Any] = {"environment": environment()}
     if options.what in ("softpag", "all"):
@@ -249,10 +251,11 @@ def main() -> None:
         except ImportError:
             found["transformer"] = "needs diffusers: pip install 'headwise[vision]'"
     if options.what in ("sweep", "all"):
-        found["sweep"] = [
-            vit_sweep(options.device, options.small, options.rounds, n, options.copies) for n in options.images
-        ]
-    print(json.dumps(found, indent=1))
+        found["sweep"] = []
+        for n, c in itertools.product(options.images, options.copies):
+            found["sweep"].append(vit_sweep(options.device, options.small, options.rounds, n, c))
+            print(json.dumps(found), flush=True)  # what is there when a time limit ends the run
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

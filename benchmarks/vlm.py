@@ -2,25 +2,33 @@
 
     python benchmarks/vlm.py overhead --device cuda        # LLaVA-1.5-7B's decoder shape, random weights, bfloat16
     python benchmarks/vlm.py overhead --layers 4 --width 256 --heads 8 --image 64 --tokens 16 --batch 1   # a CPU's size
+    python benchmarks/vlm.py kernel                        # VAR's kernel by block and warps, beside the plain decode kernel
 
-Every ratio is the median over rounds in which all sides ran in turn; the gate (alpha = 1 and p = 0 change no token) runs first.
+Every ratio is the median over rounds in which all sides ran in turn; the gate (alpha = 1 and p = 0 change no logit, a graph says what the
+plain steps say) runs first. On a GPU the sides `graph_…` run their decode steps as CUDA graphs beside a full plan; their ratios are to
+`graph_plain`. A line of JSON after every batch holds all that came before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+from timing import clock
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from headwise.attach import HeadCall, attach
 from headwise.attach.images import InLayers, decoder_stack
 from headwise.papers import environment
+from headwise.plan import HeadPlan
+from headwise.steer import _var_rows
 from headwise.steer.var import VAR, redistribute_map
 from headwise.steer.vhr import VHR, default_layers
 
@@ -75,7 +83,9 @@ def overhead(args: argparse.Namespace) -> None:
         "vhr": lambda: VHR(layers=default_layers(args.layers)).attach(model),
         "var": lambda: var.attach(model),
     }
-    if not args.skip_map:
+    if args.device == "cuda" and not args.skip_graph:
+        rules |= {f"graph_{name}": functools.partial(in_graphs, model, args, rule) for name, rule in rules.items()}
+    if args.map:
         rules["map"] = lambda: attach(model, transforms=[InLayers(by_map, layers)], stack=decoder_stack(model))
     found: dict[str, object] = {
         "shape": {k: v for k, v in vars(args).items() if k != "run"},
@@ -84,8 +94,21 @@ def overhead(args: argparse.Namespace) -> None:
     for batch in args.batch:
         inputs = prompt(args, batch)
         gate(model, inputs, layers, args.layers)
-        found[f"batch_{batch}"] = measured(model, inputs, rules, args)
-    print(json.dumps(found, indent=1))
+        gaps = graph_gaps(model, inputs, rules, args) if "graph_plain" in rules else {}
+        found[f"batch_{batch}"] = measured(model, inputs, rules, args) | gaps
+        print(json.dumps(found), flush=True)
+
+
+@contextmanager
+def in_graphs(
+    model: LlavaForConditionalGeneration, args: argparse.Namespace, rule: Callable[[], AbstractContextManager]
+) -> Iterator[None]:
+    """A rule beside a full plan, whose decode steps are replayed as CUDA graphs."""
+    plan, stack = HeadPlan.full(layers=args.layers, kv_heads=args.heads), decoder_stack(model)
+    with attach(model, plan=plan, stack=stack, capture=True) as attached, rule():
+        yield
+        capture = attached.controller._capture
+        assert capture is not None and capture.replays > args.tokens // 2, f"no graphs: {capture and capture.refused}"
 
 
 def measured(
@@ -98,31 +121,43 @@ def measured(
     times: dict[str, dict[str, list[float]]] = {name: {"prompt": [], "token": []} for name in rules}
     for turn in range(args.rounds + 1):
         for name, rule in rules.items():
+            if args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             with rule():
                 spent, steps = one_answer(model, inputs, args)
+            if turn and args.device == "cuda":
+                times[name].setdefault("peak", []).append(torch.cuda.max_memory_allocated() / 2**30)
             if turn:
                 times[name]["prompt"].append(1000 * spent)
-                times[name]["token"] += [1000 * s for s in steps]
-    found = {name: {f"{w}_ms": statistics.median(ts) for w, ts in parts.items()} for name, parts in times.items()}
+                times[name]["token"] += [1000 * s for s in steps[4:]]  # the first ones set up and capture
+    units = {"peak": "peak_gib"}
+    found = {
+        name: {units.get(what, f"{what}_ms"): statistics.median(ts) for what, ts in parts.items()}
+        for name, parts in times.items()
+    }
     for name, parts in found.items():
-        if name != "plain":
-            parts |= {f"{w}_ratio": parts[f"{w}_ms"] / found["plain"][f"{w}_ms"] for w in ("prompt", "token")}
+        base = found["graph_plain" if name.startswith("graph_") and name != "graph_plain" else "plain"]
+        if parts is not base:
+            parts |= {f"{w}_ratio": parts[f"{w}_ms"] / base[f"{w}_ms"] for w in ("prompt", "token")}
     return found
 
 
 @torch.no_grad()
 def one_answer(
-    model: LlavaForConditionalGeneration, inputs: dict, args: argparse.Namespace
+    model: LlavaForConditionalGeneration, inputs: dict, args: argparse.Namespace, said: list | None = None
 ) -> tuple[float, list[float]]:
-    """Seconds of the prompt and of each of the tokens that follow, one call of the model each."""
+    """Seconds of the prompt and of each of the tokens that follow, one call of the model each; `said` gets the logits, of forced tokens."""
     begun = clock(args.device)
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     prompt_s, steps = clock(args.device) - begun, []
     mask, cache = inputs["attention_mask"], out.past_key_values
-    for _ in range(args.tokens):
+    for step in range(args.tokens):
         begun = clock(args.device)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         ids = out.logits[:, -1:].argmax(-1).clamp(max=IMAGE - 1)
+        if said is not None:
+            said.append(out.logits[:, -1].float())
+            ids = torch.full_like(ids, 20 + step)
         out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
         steps.append(clock(args.device) - begun)
     return prompt_s, steps
@@ -149,13 +184,93 @@ def gate(model: LlavaForConditionalGeneration, inputs: dict, layers: tuple[int, 
                 assert torch.equal(plain, model(**inputs, logits_to_keep=1).logits), f"gate: {rule} changes the output"
 
 
-def clock(device: str) -> float:
-    """Seconds, after all work on the device is done; on one CPU thread its own, so that other work does not count."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
-        return time.process_time()
-    return time.perf_counter()
+@torch.no_grad()
+def kernel(args: argparse.Namespace) -> None:
+    """Microseconds of VAR's kernel by addresses, for blocks and warps, beside plain decode; many launches replayed as a graph."""
+    found: dict[str, object] = {"environment": environment()}
+    for B, M in ((1, 700), (8, 700), (1, 2500)):
+        sides: dict[str, Callable[[], object]] = {}
+        call, codes = one_call(B, args.heads, M), torch.zeros(B, M, dtype=torch.uint8, device="cuda")
+        codes[:, 1:577], codes[:, 3] = 1, 3
+        count = torch.zeros((), dtype=torch.long, device="cuda")
+        options = {"move": 0.6, "rho": 0.2, "minimum_mass": 0.2}
+        decode = functools.partial(ragged, call)
+        sides["plain decode"] = decode
+        for block in (32, 64, 128):
+            for warps in (2, 4, 8):
+                sides[f"block {block}, warps {warps}"] = functools.partial(
+                    with_tiles,
+                    block,
+                    warps,
+                    functools.partial(_var_rows.redistribute, call, codes, None, count, **options),
+                )
+        found[f"rows {B}, keys {M}"] = {name: round(replayed(run), 2) for name, run in sides.items()}
+        print(json.dumps(found), flush=True)
+
+
+def graph_gaps(
+    model: LlavaForConditionalGeneration,
+    inputs: dict,
+    rules: dict[str, Callable[[], AbstractContextManager]],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """How far replayed steps are from plain ones, relative to the logits: rounding of another kernel, through 32 random layers."""
+    gaps: dict[str, float] = {}
+    for name in ("plain", "vhr", "var"):
+        said: list[list[torch.Tensor]] = [[], []]
+        for rule, into in zip((rules[name], rules[f"graph_{name}"]), said, strict=True):
+            with rule():
+                one_answer(model, inputs, args, into)
+        plain, graph = (torch.stack(part) for part in said)
+        gaps[name] = float((plain - graph).norm() / plain.norm())
+        assert gaps[name] < 0.3, f"gate: graphs of {name} are {gaps[name]} off"  # a stale graph is 1 off
+    return {"graph_gap": gaps}
+
+
+def one_call(B: int, H: int, M: int, D: int = 128) -> Any:
+    """A decode step of one layer, its keys behind addresses."""
+    from headwise.attention.triton.decode import group_pointers
+
+    q, k, v = (torch.randn(B, H, n, D, device="cuda", dtype=torch.bfloat16) for n in (1, M, M))
+    k_ptr, v_ptr, filled = group_pointers([(tuple(range(H)), k, v, M)], B, q.device)
+    table = SimpleNamespace(k_ptr=k_ptr, v_ptr=v_ptr, filled=filled)
+    return SimpleNamespace(q=q, k=k, v=v, mask=None, table=table, scale=D**-0.5)
+
+
+def ragged(call: Any) -> Any:
+    """The same step without VAR, by the kernel that a plan uses."""
+    from headwise.attention.triton import ragged_decode
+
+    return ragged_decode(call.q, call.table.k_ptr, call.table.v_ptr, call.table.filled, scale=call.scale)
+
+
+def with_tiles(block: int, warps: int, run: Callable[[], object]) -> None:
+    """Run with other tiles."""
+    kept = _var_rows.BLOCK, _var_rows.WARPS
+    _var_rows.BLOCK, _var_rows.WARPS = block, warps
+    try:
+        run()
+    finally:
+        _var_rows.BLOCK, _var_rows.WARPS = kept
+
+
+def replayed(run: Callable[[], object], launches: int = 50, rounds: int = 5) -> float:
+    """Microseconds of one call, from graphs of many."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            run()
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        begun = clock("cuda")
+        graph.replay()
+        times.append(clock("cuda") - begun)
+    return 1e6 * statistics.median(times) / launches
 
 
 def main() -> None:
@@ -163,12 +278,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     timer = commands.add_parser("overhead")
-    for name, value in (("layers", 32), ("width", 4096), ("heads", 32), ("image", 576), ("tokens", 24), ("rounds", 5)):
+    for name, value in (("layers", 32), ("width", 4096), ("heads", 32), ("image", 576), ("tokens", 24), ("rounds", 3)):
         timer.add_argument(f"--{name}", type=int, default=value)
     timer.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     timer.add_argument("--device", default="cpu")
-    timer.add_argument("--skip-map", action="store_true", help="leave out the side that edits whole attention maps")
+    timer.add_argument(
+        "--map", action="store_true", help="beside the released code's way, which edits whole attention maps"
+    )
+    timer.add_argument("--skip-graph", action="store_true", help="leave out the sides that replay CUDA graphs")
     timer.set_defaults(run=overhead)
+    tiles = commands.add_parser("kernel")
+    tiles.add_argument("--heads", type=int, default=32)
+    tiles.set_defaults(run=kernel)
     args = parser.parse_args()
     args.run(args)
 

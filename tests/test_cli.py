@@ -222,6 +222,15 @@ def test_a_plan_tells_its_bytes_by_layer_and_head_before_anything_runs(run, tmp_
     assert len(made["head_bytes"]) == 3 and all(n > 0 for row in made["head_bytes"] for n in row)
 
 
+def test_eval_reads_through_the_cache_under_longheads(run, tmp_path):
+    far = str(tmp_path / "far.json")
+    assert run("plan", "longheads", "-m", LLAMA, "--chunk", "16", "--window", "128", "-o", far)[0] == 0
+    ask = ["-m", LLAMA, "--plan", far, "--length", "256", "--prompts", "1", "--tokens", "256", "--json"]
+    code, out, err = run("eval", "--task", "passkey,perplexity", *ask)
+    assert code == 0, err
+    assert json.loads(out)["tasks"]["perplexity"] > 1
+
+
 def test_a_plan_for_a_target_latency(run, tmp_path, monkeypatch):
     from headwise.attach import fingerprint
     from headwise.budget import StepTime

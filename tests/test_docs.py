@@ -1,40 +1,93 @@
-"""What the pages show is run, or at least exists: the README's ten lines, the method that the architecture page adds, names."""
+"""What the pages show is run: every block of Python and every command, in order, as a reader would; or the page says why not."""
 
 import ast
-import importlib
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from docs_helper import CONSOLE, FENCE, PLAIN, PYTHON, ROOT, check_command, commands, exists, named, pages, read_page
+from docs_helper import run_block as run
+
+SMALL = [name for name in pages() if read_page(name).runs and not read_page(name).needs_smollm2]
+LARGE = [name for name in pages() if read_page(name).runs and read_page(name).needs_smollm2]
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+@pytest.fixture(autouse=True)
+def in_a_new_folder(monkeypatch, tmp_path):
+    """Files that a page writes go where it can read them again, and nowhere else."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.endswith("recipes.md")) for n in SMALL])
+def test_a_page_runs(name, capsys):
+    page = read_page(name)
+    space: dict = {"__name__": "page"}
+    for block in page.runs:
+        run(page, block, space)
 
 
 @pytest.mark.smollm2
 @pytest.mark.slow
-def test_the_ten_lines_of_the_readme(capsys):
-    (code,) = blocks("README.md")
-    space: dict = {}
-    exec(compile(code, "README.md", "exec"), space)
+@pytest.mark.parametrize("name", [name for name in LARGE if name != "README.md"])
+def test_a_page_runs_on_the_real_model(name, capsys):
+    test_a_page_runs(name, capsys)
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+def test_the_readme_runs_and_its_ten_lines_say_what_it_says(capsys):
+    page = read_page("README.md")
+    space: dict = {"__name__": "page"}
+    code = next(block.code for block in page.blocks if block.language in PYTHON)
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    for block in page.runs:
+        run(page, block, space)
     printed = capsys.readouterr().out
     assert "L18H6" in printed
     assert "Paris" in printed
+
+
+@pytest.mark.parametrize("name", pages())
+def test_blocks_parse_and_name_what_exists(name):
+    page = read_page(name)
+    for block in page.blocks:
+        assert block.language in PYTHON + CONSOLE, f"{name}:{block.line}: say what language this block is, or ```text"
+        if block.language in CONSOLE:
+            for words in commands(page.shrunk(block.code)):
+                check_command(words)
+        else:
+            missing = sorted(used for used in named(block.code) if not exists(used))
+            assert missing == [] or page.run_by, f"{name}:{block.line}"
+
+
+@pytest.mark.parametrize("name", pages())
+def test_commands_stand_in_fenced_blocks_where_they_are_seen_by_the_tests(name):
+    text = FENCE.sub("", (ROOT / name).read_text(encoding="utf-8"))
+    assert re.findall(r"^ {4,}(?:headwise|pip|python) .*", text, re.MULTILINE) == []
+
+
+def test_a_block_is_run_or_the_page_says_why_not():
+    silent = []
+    for name in pages():
+        page = read_page(name)
+        if page.run_by:
+            assert name in (ROOT / page.run_by).read_text(encoding="utf-8"), f"{page.run_by} does not name {name}"
+        silent += [f"{name}:{b.line}" for b in page.blocks if b.reason and len(b.reason) < 8]
+        for where in re.findall(r"\btests/[\w/.]+\w", " ".join(b.reason for b in page.blocks)):
+            assert (ROOT / where).exists(), f"{name} sends readers to {where}"
+    assert silent == []
 
 
 def test_the_method_of_the_architecture_page():
     import headwise
     from headwise import registry
 
-    (code,) = blocks("docs/architecture.md")
+    page = read_page("docs/architecture.md")
+    (block,) = page.blocks
     known = dict(registry._methods)
     space = {"__name__": "headwise.score.entropy"}
     try:
-        exec(compile(code, "docs/architecture.md", "exec"), space)
+        run(page, block, space)
         assert registry.get("score", "entropy").summary.startswith("Minus the mean entropy")
         scores = space["entropy"](*headwise.load_model("tiny-random-llama"), tokens=64)
     finally:
@@ -44,37 +97,76 @@ def test_the_method_of_the_architecture_page():
     assert (scores.values < 0).all()
 
 
-PAGES = sorted(
-    str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md") if "```python" in page.read_text("utf-8")
+# The tests' own eyes: a page that is wrong is seen to be wrong.
+
+BROKEN = """
+<!-- blocks: "M" = "tiny-random-llama" -->
+
+<!-- before:
+    x = 2
+-->
+
+```python
+y = x + 1
+```
+
+<!-- not run: takes an hour -->
+
+```sh
+headwise score retrieval --model M -o a.safetensors   # a comment
+headwise models
+```
+
+```text
+headwise nothing
+```
+"""
+
+
+def test_a_page_is_read():
+    page = read_page("page.md", BROKEN)
+    first, second = page.blocks
+    assert (first.language, first.code, first.line) == ("python", "y = x + 1\n", 8)
+    assert second.reason == "takes an hour"
+    assert page.runs == [first]
+    space: dict = {}
+    run(page, first, space)
+    assert space["y"] == 3
+    assert commands(page.shrunk(second.code))[0][4:] == ["tiny-random-llama", "-o", "a.safetensors"]
+    assert set(PLAIN).isdisjoint(PYTHON + CONSOLE)
+
+
+def test_a_failing_block_is_seen():
+    page = read_page(
+        "page.md", "```python\nassert 1 + 1 == 3\n```\n```sh\nheadwise generate --plan nowhere.json --prompt x\n```\n"
+    )
+    for block in page.blocks:
+        with pytest.raises(AssertionError):
+            run(page, block, {})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "headwise score retrieval --modle smollm2",
+        "headwise scoer duo",
+        "headwise score nothing",
+        "make nothing",
+        "rm -r x",
+    ],
 )
+def test_a_wrong_command_is_seen(line):
+    with pytest.raises(Exception, match=r"."):  # typer, click and headwise each have their own
+        check_command(commands(line)[0])
 
 
-def named(code: str) -> set[str]:
-    """Dotted names of the package that a block of code uses."""
-    found = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "headwise":
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Attribute):
-            path = ast.unparse(node)
-            if re.fullmatch(r"headwise(\.\w+)+", path):
-                found.add(path)
-    return found
-
-
-def exists(name: str) -> bool:
-    parts = name.split(".")
-    for cut in range(len(parts), 0, -1):
-        try:
-            thing = importlib.import_module(".".join(parts[:cut]))
-        except ImportError:
-            continue
-        for part in parts[cut:]:
-            if not hasattr(thing, part):
-                return False
-            thing = getattr(thing, part)
-        return True
-    return False
+def test_a_right_command_is_let_through():
+    for line in (
+        "headwise score retrieval --model smollm2 --tests 3 -o s.safetensors",
+        "headwise bench decode",
+        "make docs",
+    ):
+        check_command(commands(line)[0])
 
 
 def test_a_name_that_is_missing_is_seen():
@@ -84,15 +176,8 @@ def test_a_name_that_is_missing_is_seen():
     assert not exists("headwise.nowhere.at")
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_is_code_and_names_what_exists(page):
-    used = {name for code in blocks(page) for name in named(code)}
-    assert sorted(name for name in used if not exists(name)) == []
-
-
-@pytest.mark.parametrize("page", ["docs/serving.md", "docs/methods/kernels.md", "docs/methods/uoe.md"])
-def test_pages_that_need_no_download_run(page, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    space: dict = {"__name__": "page"}
-    for code in blocks(page):
-        exec(compile(code.replace('"smollm2"', '"tiny-random-llama"'), page, "exec"), space)
+def test_the_pages_are_python_that_can_be_read():
+    for name in pages():
+        for block in read_page(name).blocks:
+            if block.language in PYTHON:
+                ast.parse(block.code)

@@ -48,7 +48,7 @@ def test_every_listed_architecture_has_a_line():
         "qwen2-vl",
     ]
     scenes = {f"scene-vlm-{seed}" for seed in range(3)}
-    assert set(lines) == {"smollm2", *scenes, *(f"tiny-random-{name}" for name in wanted)}
+    assert set(lines) == {"smollm2", "circuit-lm", *scenes, *(f"tiny-random-{name}" for name in wanted)}
     assert all(len(line) > 10 for line in lines.values())
 
 

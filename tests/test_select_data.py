@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headwise.cli import main
-from headwise.errors import ScoreError
+from headwise.errors import ArtifactError, ScoreError
 from headwise.hub import load_model
 from headwise.score import InfluenceScorer, _corpus, _select_job
 from headwise.score._corpus import Fields
@@ -156,9 +156,9 @@ def test_bad_files(corpus, tmp_path):
         job('{"body": "x", "n": 1}')
     with pytest.raises(ScoreError, match="no text under 'domain'"):
         job('{"text": "x"}', domain="domain")
-    with pytest.raises(ScoreError, match="bad.jsonl:2: not a line of JSON"):
+    with pytest.raises(ArtifactError, match="bad.jsonl:2' is not the JSON"):
         job('{"text": "x"}\n{"text"')
-    with pytest.raises(ScoreError, match="one JSON object"):
+    with pytest.raises(ArtifactError, match="where an object belongs"):
         job("[1]")
     with pytest.raises(ScoreError, match="no file"):
         SelectJob((tmp_path / "none.jsonl",), tmp_path)

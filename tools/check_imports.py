@@ -14,9 +14,10 @@ from pathlib import Path
 PACKAGE = "headwise"
 VERBS = ("route", "score", "budget", "steer", "scale")
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "callable_module"),
+    ("errors", "callable_module", "progress"),
     ("checks", "registry", "storage", "addresses", "units", "patterns", "plan", "selection", "edits", "expert_edits"),
     (
+        "modes",
         "attention",
         "keyscores",
         "stores",

@@ -1,7 +1,7 @@
 """Patching side by side with TransformerLens and nnsight: same weights, same prompts, agreement first, then time.
 
     python -m venv peers && peers/bin/pip install torch==2.13.0 transformer-lens==4.3.0 nnsight==0.8.1
-    PYTHONPATH=src peers/bin/python benchmarks/patching/compare.py --out benchmarks/patching/results.json
+    PYTHONPATH=src peers/bin/python benchmarks/patching/compare.py --out benchmarks/results/cpu/peers_patching.json
 
 The peers spend one forward pass per head. Their loops are timed on every `--every`-th head and scaled to all; the headwise sweep
 is timed whole. Nothing is printed as a speed-up unless the numbers agree to 1e-4 of the largest.
@@ -189,7 +189,7 @@ def paths(model, bridge, pairs, every, rows):
     def mine():
         path = Paths(model, pairs, column_mask(pairs, "all"), freeze_mlps=True, rows=rows)
         to = HeadSet.parse("L9H3")
-        return torch.stack([path.to_heads(layer, range(12), to, "q") for layer in range(receiver[0])])
+        return torch.stack([path.to_units(layer, range(12), to, "q") for layer in range(receiver[0])])
 
     ours, seconds = timed(mine)
     picked = torch.stack([ours[layer, head] for layer, head in units])

@@ -20,8 +20,9 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from headwise.modes import evaluating
 from headwise.score._edges import edges
-from headwise.score._patching import column_mask, quiet
+from headwise.score._patching import column_mask
 from headwise.score._paths import Paths
 from headwise.score._units import chunks, sweep_all
 from headwise.tasks.pairs import PromptPairs
@@ -194,7 +195,7 @@ def path_case(model, count, tokens, rows, device, sample, repeats, gate, where):
     above = {l: range(H) for l in range(1, L)}
 
     def run():
-        with quiet(model):
+        with evaluating(model):
             paths = Paths(model, pairs, column_mask(pairs, where), freeze_mlps=True, rows=rows)
             return edges(paths, below, above, "q")
 
@@ -238,6 +239,7 @@ def main():
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     report = {"shape": "GPT-2 small, random weights", "device": name, "torch": torch.__version__}
     report |= {"transformers": transformers.__version__, "gate": AGREE, "cases": []}
+    report["environment"] = {"threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     model = gpt2_small(device, options.layers, options.width)
@@ -248,16 +250,19 @@ def main():
         for count in map(int, options.pairs.split(",")):
             for rows in map(int, options.rows.split(",")):
                 case = sweep_case(model, count, options.tokens, rows, device, options.every, options.repeats, gate)
-                report["cases"].append({"case": "sweep", "precision": kind, **case})
-                tell(report["cases"][-1])
+                keep(report, {"case": "sweep", "precision": kind, **case}, options.out)
         for where in ("last", "all"):
             rows = max(map(int, options.rows.split(",")))
             case = path_case(model, 1, options.tokens, rows, device, options.sample, 1, gate, where)
-            report["cases"].append({"case": "paths to all receivers", "precision": kind, **case})
-            tell(report["cases"][-1])
-    report["environment"] = {"threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
-    if options.out:
-        with open(options.out, "w", encoding="utf-8") as file:
+            keep(report, {"case": "paths to all receivers", "precision": kind, **case}, options.out)
+
+
+def keep(report, case, out):
+    """Say a case, and write all so far: a run that is cut off has measured something."""
+    report["cases"].append(case)
+    tell(case)
+    if out:
+        with open(out, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
             file.write("\n")
 

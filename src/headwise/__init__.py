@@ -48,9 +48,8 @@ __all__ = [*sorted(_WHERE), "__version__"]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         home = importlib.import_module(_WHERE[name])
-        return (
-            home if home.__name__ == f"headwise.{name}" else getattr(home, name)
-        )  # attach, attention: callable modules
+        called_itself = home.__name__ == f"headwise.{name}"  # attach, attention: modules that are called like functions
+        return home if called_itself else getattr(home, name)
     if name in _VERBS:
         return importlib.import_module(f"headwise.{name}")
     raise AttributeError(f"module 'headwise' has no attribute {name!r}")

@@ -4,12 +4,14 @@ Every file names its kind and the version of its schema. Whatever is wrong with 
 a newer headwise, holding NaN where a number belongs) becomes one `ArtifactError` that names the path and what to do.
 """
 
+import gzip
 import hashlib
 import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,9 +25,11 @@ from headwise.checks import shown
 from headwise.errors import ArtifactError, HeadwiseError
 
 MAX_JSON_BYTES = 64 * 2**20
+MAX_LINE = 16 * 2**20  # characters
 MAX_TENSOR_BYTES = 16 * 2**30
 StrPath = str | os.PathLike[str]
 Expect = Mapping[str, tuple[torch.dtype | None, int]]
+NOT_TENSORS = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, MemoryError)
 _T = TypeVar("_T")
 
 
@@ -84,14 +88,47 @@ def read_json(path: StrPath, kind: str, version: int) -> dict[str, Any]:
 
 def read_plain_json(path: StrPath) -> dict[str, Any]:
     """A JSON object from any source, read strictly: UTF-8, no NaN or infinity, no key twice, at most `MAX_JSON_BYTES`."""
-    _check_file(path, MAX_JSON_BYTES)
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, name: StrPath) -> dict[str, Any]:
+    """The JSON object that a text holds, read strictly; `name` says in errors where it stands. Raises ArtifactError.
+
+    >>> parse_json('{"x": NaN}', "line 3")
+    Traceback (most recent call last):
+    headwise.errors.ArtifactError: 'line 3' is not the JSON that headwise writes (NaN is no number). Write it again ...
+    """
     try:
-        document = _parse(Path(path).read_bytes().decode())
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        _refuse(path, f"is not the JSON that headwise writes ({_line(error)})")
+        document = _parse(text)
+    except (ValueError, RecursionError, MemoryError) as error:
+        _refuse(name, f"is not the JSON that headwise writes ({_line(error)})")
     if not isinstance(document, dict):
-        _refuse(path, f"holds a JSON {type(document).__name__} where an object belongs")
+        _refuse(name, f"holds a JSON {type(document).__name__} where an object belongs")
     return document
+
+
+def read_lines(path: StrPath) -> Iterator[tuple[str, str]]:
+    """(where, line) of a UTF-8 text file, gzipped where its name ends in .gz; one line of at most `MAX_LINE` characters is held at a time.
+
+    `where` is `path:number`. Raises ArtifactError, while the lines are read.
+    """
+    _check_file(path, math.inf)
+    number = 0
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if str(path).endswith(".gz")
+            else open(path, encoding="utf-8") as file
+        ):
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"the line has more than {MAX_LINE} characters")
+                yield f"{path}:{number}", line
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        _refuse(f"{path}:{number + 1}", f"is no line of text ({_line(error)})")
 
 
 def write_tensors(
@@ -120,52 +157,67 @@ def write_tensors(
     _write(path, _sorted_header(data))
 
 
-def read_tensors(path: StrPath, kind: str, version: int, expect: Expect) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(
+    path: StrPath, kind: str, version: int, expect: Expect | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and meta that `write_tensors` wrote.
 
     `expect` names every tensor with its dtype (None: any floating dtype) and number of dimensions; the file must hold these and no more.
+    With `expect=None` it may hold any.
 
     Raises:
         ArtifactError: anything at all is wrong with the file.
     """
-    _check_file(path, MAX_TENSOR_BYTES)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header, names = file.metadata() or {}, set(file.keys())
-            _check_label(path, header.pop("headwise", None), _whole_text(header.pop("schema", "")), kind, version)
-            if names != set(expect):
-                _refuse(path, f"holds the tensors {sorted(names)} where {sorted(expect)} belong")
-            tensors = {name: file.get_tensor(name) for name in expect}
-            meta = {key: _parse(value) for key, value in header.items()}
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        KeyError,
-        AttributeError,
-        MemoryError,
-    ) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        _refuse(path, f"is not the safetensors file that headwise writes ({_line(error)})")
-    for name, (dtype, ndim) in expect.items():
+    with _opened(path, kind, version) as (file, header):
+        names = set(file.keys())
+        if expect is not None and names != set(expect):
+            _refuse(path, f"holds the tensors {_names(names)} where {_names(expect)} belong")
+        tensors = {name: file.get_tensor(name) for name in (names if expect is None else expect)}
+        meta = {key: _parse(value) for key, value in header.items()}
+    for name, (dtype, ndim) in (expect or {}).items():
         _check_tensor(path, name, tensors[name], dtype, ndim)
     return tensors, meta
 
 
-def holds_kind(path: StrPath, kind: str) -> bool:
-    """Whether `path` is a safetensors file of this kind."""
+def read_meta(path: StrPath, kind: str, version: int) -> dict[str, Any]:
+    """The meta that `write_tensors` wrote, without reading the tensors. Raises ArtifactError."""
+    with _opened(path, kind, version) as (_, header):
+        return {key: _parse(value) for key, value in header.items()}
+
+
+@contextmanager
+def _opened(path: StrPath, kind: str, version: int) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A safetensors file of this kind, and what its header says beside kind and schema."""
+    _check_file(path, MAX_TENSOR_BYTES)
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("headwise") == kind
-    except (SafetensorError, OSError, ValueError):
-        return False
+            header = file.metadata() or {}
+            _check_label(path, header.pop("headwise", None), _whole_text(header.pop("schema", "")), kind, version)
+            yield file, header
+    except (*NOT_TENSORS, RecursionError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        _refuse(path, f"is not the safetensors file that headwise writes ({_line(error)})")
+
+
+def kind_of(path: StrPath) -> str | None:
+    """The kind that a safetensors file says it is of; "" where it says nothing, None where it is none."""
+    try:
+        _check_file(path, MAX_TENSOR_BYTES)
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("headwise", ""))
+    except NOT_TENSORS:
+        return None
+
+
+def holds_kind(path: StrPath, kind: str) -> bool:
+    """Whether `path` is a safetensors file of this kind."""
+    return kind_of(path) == kind
 
 
 def digest(path: StrPath) -> str:
     """SHA-256 of a file, in hexadecimal digits: ties two files of one artifact together."""
+    _check_file(path, MAX_TENSOR_BYTES)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -175,11 +227,18 @@ def digest(path: StrPath) -> str:
 
 @contextmanager
 def decoding(path: StrPath) -> Iterator[None]:
-    """Inside, whatever headwise finds wrong with values read from `path` becomes an `ArtifactError` that names the path."""
+    """Inside, whatever is wrong with values read from `path` becomes an `ArtifactError` that names the path.
+
+    That is what headwise refuses, and what no caller of a reader should have to know: a key that is missing, a list where a number
+    belongs. Only what turns values that were read into an artifact stands inside.
+    """
     try:
         yield
     except HeadwiseError as error:
-        _refuse(path, f"holds what no artifact holds: {error}".rstrip("."))
+        _refuse(path, f"holds what no artifact holds: {_short(error)}".rstrip("."))
+    except (*NOT_TENSORS, IndexError, OverflowError, RecursionError) as error:
+        text = f"{str(path)!r} holds what no artifact holds ({type(error).__name__}: {_line(error)})"
+        raise ArtifactError(f"{text}. Write it again with headwise or pass another file.") from error
 
 
 def field(payload: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
@@ -203,11 +262,21 @@ def _refuse(path: StrPath, problem: str) -> NoReturn:
     raise ArtifactError(f"{str(path)!r} {problem}. Write it again with headwise or pass another file.") from None
 
 
+def _names(names: Iterable[str]) -> str:
+    """Names of tensors for an error text."""
+    return shown(sorted(names), 400)
+
+
+def _short(error: BaseException) -> str:
+    text = str(error)
+    return text if len(text) <= 600 else text[:600] + "…"
+
+
 def _line(error: BaseException) -> str:
     return str(error).split("\n", 1)[0].strip()[:200] or type(error).__name__
 
 
-def _check_file(path: StrPath, limit: int) -> None:
+def _check_file(path: StrPath, limit: float) -> None:
     try:
         found = Path(path)
         if not found.is_file():

@@ -7,6 +7,7 @@ import torch
 
 from headwise.attach import attach, detach, find_stack, fingerprint
 from headwise.attach.ablate import ablate
+from headwise.attach.attention_door import ATTENTION
 from headwise.attach.diffusers import segments
 from headwise.attach.observe import observe
 from headwise.edits import Edit
@@ -192,7 +193,7 @@ def test_attachments_nest_and_detach_in_any_order():
     assert torch.equal(predict(made, batch), plain)
 
 
-def test_an_error_in_the_middle_leaves_the_torch_function_mode():
+def test_an_error_in_the_middle_leaves_torch_as_it_was():
     made, batch = model("dit"), inputs("dit")
 
     def broken(call, attend):
@@ -201,6 +202,7 @@ def test_an_error_in_the_middle_leaves_the_torch_function_mode():
     with attach(made, transforms=[broken]), pytest.raises(ZeroDivisionError):
         predict(made, batch)
     assert not torch.overrides._get_current_function_mode_stack()
+    assert torch.nn.functional.scaled_dot_product_attention is ATTENTION
     predict(made, batch)
 
 

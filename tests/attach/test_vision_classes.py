@@ -1,5 +1,7 @@
 """Vision classes of transformers and diffusers at their real shapes (no memory: meta tensors), and small ones that really run."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -11,6 +13,7 @@ from headwise.errors import AttachError
 from headwise.steer.vhr import VHR
 from headwise.units import HeadSet
 from tiny_helper import random
+from vlm_helper import llava, prompt, qwen2_vl
 
 TOWERS = {  # class, part of the stack's name, layers, heads, head dim
     "ViT": ("ViTForImageClassification", None, 12, 12, 64),
@@ -73,16 +76,30 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 PIXELS = {"image_size": 16, "patch_size": 4}
 
 
+FELT = {  # class, and options where it has others
+    "vit": ("ViTModel", {}),
+    "deit": ("DeiTModel", {}),
+    "dinov2": ("Dinov2Model", {"intermediate_size": None}),
+    "dinov2 with registers": ("Dinov2WithRegistersModel", {"intermediate_size": None, "num_register_tokens": 3}),
+    "clip": ("CLIPVisionModel", {}),
+    "siglip": ("SiglipVisionModel", {}),
+    "internvl, normed queries": (
+        "InternVLVisionModel",
+        {"use_qk_norm": True, "image_size": (16, 16), "patch_size": (4, 4)},
+    ),
+    "dinov3": ("DINOv3ViTModel", {}),
+}
+
+
 def small(name):
+    cls, more = FELT[name]
+    cls = getattr(transformers, cls)
+    options = {k: v for k, v in {**SMALL, **PIXELS, **more}.items() if v is not None}
     torch.manual_seed(0)
-    if name == "siglip":
-        config = transformers.SiglipVisionConfig(**SMALL, **PIXELS)
-        return transformers.SiglipVisionModel._from_config(config, attn_implementation="sdpa").eval()
-    config = transformers.Dinov2Config(**{k: v for k, v in SMALL.items() if k != "intermediate_size"}, **PIXELS)
-    return transformers.Dinov2Model._from_config(config, attn_implementation="sdpa").eval()
+    return cls._from_config(cls.config_class(**options), attn_implementation="sdpa").eval()
 
 
-@pytest.mark.parametrize("name", ["siglip", "dinov2"])
+@pytest.mark.parametrize("name", FELT)
 @torch.no_grad()
 def test_every_head_is_felt_and_everything_is_restored(name):
     model = small(name)
@@ -93,6 +110,31 @@ def test_every_head_is_felt_and_everything_is_restored(name):
             with attach(model, edits=Edit.zero(HeadSet.of([(layer, head)]))):
                 assert not torch.equal(model(pixel_values=pixels).last_hidden_state, plain), (layer, head)
     assert torch.equal(model(pixel_values=pixels).last_hidden_state, plain)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2-vl"])
+@torch.no_grad()
+def test_every_head_of_a_vision_language_model_is_felt(name):
+    """Decoder and image tower, each as a stack of its own; zeroed edits reach what the model says."""
+    model, inputs = (llava(), prompt([1, "img", 7, 8])) if name == "llava" else qwen2_vl()
+    plain = model(**inputs).logits
+    towers = [decoder_stack(model), "vision_tower" if name == "llava" else "visual"]
+    for stack in towers:
+        made = fingerprint(model, stack)
+        for layer in range(made.layers):
+            for head in range(made.heads):
+                with attach(model, edits=Edit.zero(HeadSet.of([(layer, head)])), stack=stack):
+                    assert not torch.equal(model(**inputs).logits, plain), (stack, layer, head)
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_layers_with_configs_of_their_own_are_refused():
+    """Switching one config would not reach the others: no silent no-op."""
+    model = small("vit")
+    attention = find_stack(model).modules[1]
+    attention.config = copy.deepcopy(attention.config)
+    with pytest.raises(AttachError, match=r"layers \[1\] have configs of their own"):
+        attach(model, edits=Edit.zero(HeadSet.parse("L0H0")))
 
 
 DIFFUSION = {  # class, options of the published model, layers, heads, head dim

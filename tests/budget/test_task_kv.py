@@ -15,7 +15,7 @@ from headwise.keyscores import Ask
 from headwise.plan import Selected
 from headwise.score import semantic_distance
 from headwise.units import Fingerprint
-from tiny_helper import generate, logits, padded, random, tiny, tokens
+from tiny_helper import generate, logits, oracle, padded, random, tiny, tokens
 
 LLAMA = Fingerprint(architecture="llama", config_hash="0", layers=32, heads=32, kv_heads=32)
 MISTRAL = Fingerprint(architecture="mistral", config_hash="0", layers=32, heads=32, kv_heads=8)
@@ -256,6 +256,38 @@ def test_rows_choose_for_themselves():
         for row, n in enumerate((40, 29, 35, 33))
     }
     assert len(choices) > 1
+
+
+class Kept:
+    """One kv head of the oracle: the prompt densely, then what was kept of it in each row, and everything behind it."""
+
+    def __init__(self, sets, prompt):
+        self.sets, self.prompt = [torch.tensor(sorted(one)) for one in sets], prompt[:, None, None, None]
+
+    def reads(self, q_pos, k_pos):
+        chosen = torch.stack([torch.isin(k_pos[row], one) for row, one in enumerate(self.sets)])
+        return (k_pos >= 0) & (k_pos <= q_pos) & (chosen | (k_pos >= self.prompt) | (q_pos < self.prompt))
+
+
+def test_fifty_tokens_behind_the_prompt_read_the_kept_set_of_their_row_and_head():
+    """Against dense attention of the model with its own whole cache, masked to what was held when the prompt had been read."""
+    model, plan, n, new = tiny("gpt2"), small(tiny("gpt2")), 40, 50
+    batch = padded([n + new, 29 + new])
+    prompt = torch.tensor([n, 29])
+    with headwise.attach(model, plan=plan), torch.no_grad():
+        first = model(**{name: x[:, :n] for name, x in batch.items()})
+        cache, got = first.past_key_values, []
+        sets = [[held(layer, row) for row in (0, 1)] for layer in cache.layers]
+        for at in range(n, n + new):
+            one = {name: x[:, at : at + 1] for name, x in batch.items()} | {
+                "attention_mask": batch["attention_mask"][:, : at + 1]
+            }
+            got.append(model(**one, past_key_values=cache).logits)
+    assert any(len(kept) < n for row in sets[0] for kept in row)
+    patterns = [[Kept([row[h] for row in layer], prompt) for h in range(4)] for layer in sets]
+    with oracle(model, patterns=patterns, start=torch.tensor([0, n - 29])), torch.no_grad():
+        want = model(**batch, use_cache=False).logits[:, n:]
+    torch.testing.assert_close(torch.cat(got, 1), want, atol=2e-4, rtol=1e-3)
 
 
 def test_controls_choose_other_heads():

@@ -7,7 +7,7 @@ from headwise.errors import HeadwiseError
 from headwise.hub import load_model
 from headwise.papers import circuit_chinchilla
 from headwise.papers.catalogue import row
-from headwise.papers.circuit_chinchilla import CHECKS, PAPER
+from headwise.papers.circuit_chinchilla import CHECKS, PAPER, PREFIX, SMOLLM2_CHECKS
 from headwise.papers.reproduction import Reproduction
 from headwise.tasks.multiple_choice import choice_pairs
 
@@ -29,17 +29,20 @@ GOOD = {
 }
 
 
+BOTH = GOOD | {PREFIX + name: value for name, value in GOOD.items()}
+
+
 @pytest.mark.parametrize(
     "changed",
     [
         {}, {"accuracy_letters": 0.3}, {"letter_heads_fewest": 0.0}, {"output_nodes_share": 0.5},
         {"accuracy_without_letter_heads": 0.8}, {"accuracy_rank_3_kept": 0.9}, {"accuracy_rank_0": 0.89},
         {"loss_rank_3_random": 0.4}, {"moved_letters": 0.02}, {"moved_random": 0.05}, {"moved_random": 0.7},
-        {"accuracy_rank_3_kept": float("nan")},
+        {"accuracy_rank_3_kept": float("nan")}, {"trained_letter_heads_fewest": 0.0}, {"trained_moved_random": 0.8},
     ],
 )  # fmt: skip
 def test_the_claim_can_fail(changed):
-    record = Reproduction("circuit-chinchilla", PAPER.claim, "cpu", GOOD | changed, {}, CHECKS, 1.0)
+    record = Reproduction("circuit-chinchilla", PAPER.claim, "cpu", BOTH | changed, {}, CHECKS, 1.0)
     assert record.holds is (not changed)
 
 
@@ -63,7 +66,7 @@ def test_a_random_model_does_not_bear_the_claim_out():
     found |= {"letter_heads_fewest": found["letter_heads"]}
     found["accuracy_rank_3_kept"] = found["accuracy_rank_3"] / max(found["accuracy_letters"], 1e-9)
     assert all(torch.isfinite(torch.tensor(value)) for value in found.values())
-    record = Reproduction("circuit-chinchilla", PAPER.claim, "cpu", found, {}, CHECKS, 1.0)
+    record = Reproduction("circuit-chinchilla", PAPER.claim, "cpu", found, {}, SMOLLM2_CHECKS, 1.0)
     assert not record.holds
     again = circuit_chinchilla._one_seed(model, tiny_prompts, 0, 8, 8, 2)
     assert all(again[name] == pytest.approx(found[name]) for name in again)

@@ -102,7 +102,7 @@ def test_training_moves_the_loss_and_the_extension_is_measured():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     metrics, baselines = longheads.measure_extension(steps=1, batch=1, tests=1)
     assert {"recall_in_range", "recall_longheads_4x", "kept_8x"} <= set(metrics)
-    assert {f"recall_{name}_{t}x" for name in ("dense", "window", "random") for t in (4, 8)} == set(baselines)
+    assert {f"recall_{name}_{t}x" for name in ("dense", "window", "few", "random") for t in (4, 8)} == set(baselines)
 
 
 def test_scales_and_the_row(monkeypatch):

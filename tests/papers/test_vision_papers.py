@@ -56,6 +56,22 @@ def test_holds_follows_the_numbers(module, measured):
         assert made(good | {check.left: math.nan}).holds is False
 
 
+@pytest.mark.parametrize("module", PAPERS)
+def test_the_page_of_a_run_shows_its_first_model(module, measured):
+    pytest.importorskip("plotly", reason="needs plotly: pip install 'headwise[report]'")
+    metrics, baselines = measured[module]
+    made = module.sections(reproduction(module, metrics, baselines), seed=0)
+    assert all("<section" in section.to_html(n) for n, section in enumerate(made))
+    if module is headhunter_softpag:
+        grid = made[0].figures[1]
+        assert (
+            len(grid.data) == 6 and made[0].table.rows
+        )  # no guidance, the set, half of it, a layer, a random set, classifier-free
+        assert grid.data[0].z != grid.data[1].z
+    else:
+        assert len(made) == 4 and len(made[0].table.rows) == 8
+
+
 def test_a_gpu_run_needs_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("this machine has one")

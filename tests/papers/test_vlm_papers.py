@@ -60,6 +60,21 @@ def test_holds_follows_the_numbers(module, measured):
         assert made(ranks | {check.left: wrong}).holds is False, check
 
 
+@pytest.mark.parametrize("module", PAPERS)
+def test_the_page_shows_pictures_and_attention(module, measured):
+    pytest.importorskip("plotly", reason="needs plotly: pip install 'headwise[report]'")
+    metrics, baselines = measured[module]
+    rates, looking = module.sections(reproduction(module, metrics, baselines), seed=0)
+    assert rates.figures and "<section" in looking.to_html(1)
+    panels = looking.figures[0].data
+    assert len(panels) == 3 * (3 if module is var_paper else 2)  # picture, attention, and under VAR
+    if module is vhd_paper:
+        assert [label for label, _ in looking.quotes][:4] == ["picture 1 shows", "greedy", "alpha 2", "alpha 3"]
+    else:
+        plain, under = (panels[i].z for i in (1, 2))
+        assert plain != under
+
+
 def test_a_gpu_run_needs_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

@@ -328,6 +328,11 @@ def test_models_that_do_not_fit_together_are_refused():
         bam([cohere(), other], None)
     with pytest.raises(RouteError, match="dtype"):
         bam([llama, copy.deepcopy(llama).to(torch.bfloat16)], None)
+    with torch.no_grad():
+        odd = copy.deepcopy(llama)
+        odd.model.norm.bias = torch.nn.Parameter(torch.zeros(64))
+    with pytest.raises(RouteError, match="differ in tensors: model.norm.bias"):
+        bam([llama, odd], None)
     with pytest.raises(RouteError, match="layer 0"):
         bam([tiny("gpt2")] * 2, None)
     with pytest.raises(RouteError, match="tie_word_embeddings"):
@@ -354,6 +359,7 @@ def test_tokenizers_must_share_a_vocabulary():
     [
         ({"ffn_top_k": 3}, "ffn_top_k"),
         ({"attention_k": 0}, "attention_k"),
+        ({"attention_k": 3}, "attention_k"),
         ({"attention_k": 1, "attention": "average"}, "attention_k"),
         ({"kv": "own"}, "kv"),
         ({"ffn_gate": "sum"}, "ffn_gate"),

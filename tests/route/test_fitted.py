@@ -126,8 +126,8 @@ def test_heads_that_cannot_be_dealt_out(total):
 def test_allocation_keeps_the_budget_and_the_fit(tiny):
     model, tokenizer = tiny
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    uniform = moh(model, tokenizer, router="fitted", active=0.5, fit_tokens=512, fit_text="mixed")
-    dealt = moh(model, tokenizer, router="fitted", active=0.5, fit_tokens=512, fit_text="mixed", allocate="sensitivity")
+    uniform = moh(model, tokenizer, router="fitted", active=0.5, fit_tokens=512, allocate="uniform")
+    dealt = moh(model, tokenizer, router="fitted", active=0.5, fit_tokens=512, allocate="sensitivity")
     assert sum(dealt.active_counts()) == sum(uniform.active_counts()) == 6
     assert dealt.config.meta["allocated"] == " ".join(map(str, dealt.active_counts()))
     assert dealt.config.meta["kept"].endswith("(0.500)")
@@ -136,7 +136,9 @@ def test_allocation_keeps_the_budget_and_the_fit(tiny):
 
 
 def test_importance_and_norm_are_different_fits(tiny):
-    one, other = (moh(*tiny, router="fitted", fit_tokens=512, target=name) for name in ("norm", "importance"))
+    one, other = (
+        moh(*tiny, router="fitted", fit_tokens=512, target=name, allocate="uniform") for name in ("norm", "importance")
+    )
     assert not torch.allclose(one.layers[1].W, other.layers[1].W, rtol=0.1)
     assert (one.config.meta["target"], other.config.meta["target"]) == ("norm", "importance")
 
@@ -154,7 +156,7 @@ def test_saved_and_read_again_with_its_means(tiny, fitted, tmp_path):
 
 
 def test_adapters_of_before_there_were_means_still_load(tiny, tmp_path):
-    moh(*tiny, router="fitted", fit_tokens=512).save_pretrained(tmp_path)
+    moh(*tiny, router="fitted", fit_tokens=512, absent="zero").save_pretrained(tmp_path)
     path = tmp_path / "router_config.json"
     payload = json.loads(path.read_text())
     del payload["fill"]

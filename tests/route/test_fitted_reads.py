@@ -72,15 +72,16 @@ def test_local_features_are_the_equations_written_out(tiny):
 
 def test_the_first_key_is_the_mean_over_first_tokens(tiny, reading):
     model, tokenizer = tiny
-    rows = FitRecipe(tokens=2048).rows(model, tokenizer)
+    rows = FitRecipe(tokens=2048, text="mixed").rows(model, tokenizer)
     for layer in range(3):
         keys = torch.stack([calls_of(model, row[None])[layer].k[0, :, 0] for row in rows])
         torch.testing.assert_close(reading.layers[layer].first, keys.mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_features_of_queries_predict_better_than_the_hidden_state(tiny, reading):
-    hidden = moh(*tiny, router="fitted", active=0.5, fit_tokens=2048)
-    assert reading.config.meta["r2_median"] > hidden.config.meta["r2_median"] + 0.05
+def test_features_of_queries_predict_better_than_the_hidden_state(tiny):
+    same = {"target": "norm", "absent": "zero", "allocate": "uniform", "fit_text": "english", "fit_tokens": 2048}
+    queries, hidden = (moh(*tiny, router="fitted", active=0.5, features=f, **same) for f in ("queries", "hidden"))
+    assert queries.config.meta["r2_median"] > hidden.config.meta["r2_median"] + 0.05
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -185,9 +186,25 @@ def test_means_over_the_tokens_that_do_without(tiny):
     for k in range(5):
         absent = 1 - select(scores, 4 - k)
         for h in range(4):
-            rows = out[absent[:, h] == 1, h]
-            wanted = rows.sum(0) / (len(rows) + PRIOR)
+            halves = [out[at][absent[at, h] == 1, h] for at in (slice(0, 40), slice(40, 80))]  # the two calls
+            one, other = (rows.sum(0) / max(1, len(rows)) for rows in halves)
+            common = max(0.0, 2 * float(one @ other) / max(1e-30, float(one @ one + other @ other)))
+            wanted = common * sum(rows.sum(0) for rows in halves) / (sum(map(len, halves)) + PRIOR)
             torch.testing.assert_close(rest.table[1, k, h], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_stand_ins_are_what_two_halves_of_the_text_agree_on(tiny):
+    model, _ = tiny
+    scores = [lambda call: torch.zeros(*call.hidden.shape[:2], 4)] * 3  # the last heads are left out
+    same, alone, against = (RestMeans(find_stack(model), scores) for _ in range(3))
+    read(model, IDS[:1].repeat(2, 1), same)
+    read(model, IDS[:1], alone)
+    torch.testing.assert_close(same.agreement[:, 2, 2:], torch.ones(3, 2, dtype=torch.float64))
+    torch.testing.assert_close(same.agreement[:, 2, :2], torch.zeros(3, 2, dtype=torch.float64))  # never left out
+    assert not alone.table.any()  # one half says nothing of another text
+    against.sums = torch.stack([same.sums[0], -same.sums[0]])
+    against.tokens = same.tokens
+    assert not against.table.any()
 
 
 def test_an_absent_head_gives_its_rest(tiny, reading):
@@ -248,7 +265,10 @@ def test_every_layer_keeps_two_heads_where_the_total_allows_it(tiny):
 
 def test_a_second_round_reads_what_the_first_router_made_of_the_model(tiny):
     model, tokenizer = tiny
-    one, two = (moh(model, tokenizer, router="fitted", active=0.5, fit_tokens=1024, fit_rounds=n) for n in (1, 2))
+    plain = {"target": "norm", "features": "hidden", "absent": "zero", "allocate": "uniform", "fit_text": "english"}
+    one, two = (
+        moh(model, tokenizer, router="fitted", active=0.5, fit_tokens=1024, fit_rounds=n, **plain) for n in (1, 2)
+    )
     assert torch.allclose(
         one.layers[0].W, two.layers[0].W, rtol=1e-3, atol=1e-5
     )  # nothing stands below the first layer

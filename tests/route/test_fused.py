@@ -1,7 +1,5 @@
 """The fused router: every output and every gradient equals the composed one; what it cannot do goes the other way."""
 
-import os
-
 import pytest
 import torch
 
@@ -13,8 +11,6 @@ from headwise.route._fused import fused_choice, fused_works
 KERNELS = _host.triton_available() and (torch.cuda.is_available() or _host.interpreting())
 needs_kernels = pytest.mark.skipif(not KERNELS, reason="needs Triton and a CUDA device, or TRITON_INTERPRET=1")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-os.environ["HEADWISE_ROUTE_KERNELS"] = "1"  # on CUDA they run for who asks
 
 
 def composed(x, W, gate, real):

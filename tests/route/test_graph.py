@@ -279,6 +279,25 @@ def test_bad_input_names_what_is_wrong(make, text):
         make()
 
 
+def test_dropout_of_the_attention_does_not_reach_the_routing():
+    from headwise.route import upcycle
+
+    model = tiny("llama")
+    model.config.attention_dropout = 0.5
+    for block in model.model.layers:
+        block.self_attn.attention_dropout = 0.5
+    with torch.no_grad():  # so that the experts of the first layer read the same tokens in every pass
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+    host = upcycle(model, experts=4, noise=0.3, rule=Graph(base=BASE, graph="attention"))
+    model.train()
+    with host.recording() as record, torch.no_grad():
+        for _ in range(2):
+            model(torch.arange(20)[None])
+    first, again = record[0]
+    assert torch.equal(first.probs, again.probs)
+    assert not torch.equal(record[2][0].probs, record[2][1].probs)  # dropout was at work
+
+
 @pytest.mark.parametrize("graph", ["similarity", "attention"])
 def test_a_model_with_graph_routers_decodes_as_it_reads_and_keeps_padding_out(graph):
     from headwise.route import upcycle

@@ -180,19 +180,42 @@ def test_ridge_regression_finds_a_linear_map():
 
 def test_a_fitted_router_predicts_norms_better_than_their_mean(tmp_path):
     model, tokenizer = load_model("tiny-random-llama")
-    router = moh(model, tokenizer, router="fitted", fit_tokens=2048)
+    router = moh(model, tokenizer, router="fitted", fit_tokens=2048, features="hidden", fit_text="english")
     assert router.config.meta["r2_lowest"] > 0.3
     assert router.shared_heads() == HeadSet.empty()
     router.save_pretrained(tmp_path)
     again = HeadRouter.from_pretrained(tmp_path)
     assert torch.equal(again.layers[1].W, router.layers[1].W)
     with pytest.raises(RouteError, match="64 tokens cannot fit 65 unknowns"):
-        moh(model, tokenizer, router="fitted", fit_tokens=64)
+        moh(model, tokenizer, router="fitted", fit_tokens=64, features="hidden", fit_text="english")
     with pytest.raises(TaskError, match="no causal language model"):
         moh(load_model("tiny-random-bert")[0], tokenizer, router="fitted")
 
 
 # a real model
+
+
+def test_a_fitted_router_takes_the_best_options_that_a_model_allows():
+    model, tokenizer = load_model("tiny-random-llama")
+    router = moh(model, tokenizer, router="fitted", active=0.6, fit_tokens=512)
+    assert (router.config.features, router.config.fill) == ("queries", 16)
+    assert sum(router.active_counts()) == 7 and router.config.meta["kept"] == "7 of 12 over 3 layers (0.583)"
+    assert (router.config.meta["target"], router.config.meta["absent"]) == ("importance", "rest")
+    for given in ({"active_heads": [2, 3, 2]}, {"dense_layers": 1}, {"shared": "first"}):
+        routed = moh(model, tokenizer, router="fitted", active=0.5, fit_tokens=512, **given)
+        wanted = given.get("active_heads", [4, 2, 2] if "dense_layers" in given else [2, 2, 2])
+        assert routed.active_counts() == wanted
+    latent = moh(*load_model("tiny-random-deepseek-v3"), router="fitted", fit_tokens=512, active=0.5)
+    assert latent.config.features == "hidden"
+
+
+@pytest.mark.parametrize("kind", ["norm", "trained"])
+@pytest.mark.parametrize(
+    "option", [{"target": "norm"}, {"features": "hidden"}, {"absent": "zero"}, {"allocate": "uniform"}]
+)
+def test_options_of_a_fit_are_refused_where_nothing_is_fitted(kind, option):
+    with pytest.raises(RouteError, match=f"{next(iter(option))} is .* only router='fitted' takes it"):
+        moh(*load_model("tiny-random-llama"), router=kind, **option)
 
 
 def test_a_model_that_reads_text_is_fitted_unless_the_papers_choice_is_asked_for(llama):

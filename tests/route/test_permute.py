@@ -1,15 +1,11 @@
 """The memory passes of a dispatch: equal to the plain formulas, values and gradients, in torch and as kernels."""
 
-import os
-
 import pytest
 import torch
 
 from headwise.attention.triton import _host
 from headwise.route import Experts
 from headwise.route._permute import gather_sum, kernels_work, sort_pairs, spread, swiglu
-
-os.environ["HEADWISE_ROUTE_KERNELS"] = "1"  # on CUDA they run for who asks
 
 
 def device():

@@ -308,6 +308,16 @@ def test_a_saved_union_is_read_back(tmp_path):
         torch.testing.assert_close(again, trained.model(ids).logits)
 
 
+def test_a_plain_model_takes_the_place_of_a_rebuilt_one_in_the_same_folder(tmp_path):
+    train_uoe_lm(text=TEXT).save_pretrained(tmp_path)
+    plain = train_moh_lm(text=TEXT)
+    plain.save_pretrained(tmp_path)
+    again, _ = load_model(str(tmp_path / "routed"))
+    ids = torch.arange(65, 90)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, plain.model(ids).logits)
+
+
 def test_the_command_trains_saves_and_draws(tmp_path):
     from headwise.cli import app
 

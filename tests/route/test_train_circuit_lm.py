@@ -42,6 +42,17 @@ def test_it_trains_and_what_it_leaves_loads(tmp_path):
     assert (tmp_path / "curves.json").exists()
 
 
+def test_a_run_goes_on_from_a_model(tmp_path):
+    first = train_circuit_lm(device="cpu")
+    first.save_pretrained(tmp_path)
+    again = train_circuit_lm(device="cpu", start=str(tmp_path / "lm"), steps=2)
+    assert again.curves["lm"].losses[0] < first.curves["lm"].losses[0] and again.settings["start"] == str(
+        tmp_path / "lm"
+    )
+    with pytest.raises(RouteError, match="start='tiny-random-gpt2' has"):
+        train_circuit_lm(device="cpu", start="tiny-random-gpt2")
+
+
 def test_a_run_that_was_cut_off_ends_in_the_same_losses(tmp_path, monkeypatch):
     whole = train_circuit_lm(device="cpu", folder=str(tmp_path / "whole"), save_every=2)
     original, calls = MODULE.Asked.after_step, []
@@ -75,10 +86,11 @@ def test_bad_input():
 @pytest.mark.skipif(
     "circuit-lm" not in dict(available_models()), reason="the trained model does not come with this copy"
 )
-def test_the_shipped_model_answers_the_tasks():
+def test_the_shipped_model_answers_multiple_choice():
+    """Of the other tasks it learned what docs/methods/circuit-lm.md says."""
     from headwise.models.circuit_lm import accuracies, probes
 
     model, tokenizer = load_model("circuit-lm")
     assert (model.config.n_layer, model.config.n_head) == (12, 12)
     found = accuracies(model, probes(tokenizer, count=32, seed=7))
-    assert min(found["ioi"], found["colors"], found["letters"]) > 0.6
+    assert found["question"] > 0.6 and min(found["letters"], found["random"]) > 0.4

@@ -1,5 +1,6 @@
 """AttentionInfluence: exact heads on a wired model, scores that equal two separate passes, and selection to a budget."""
 
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 import headwise
 from handwired import INDUCTION, VOCAB, handwired_induction
+from headwise.attach.observe import observe
 from headwise.errors import ScoreError, TaskError, UnitError
 from headwise.hub import load_model
 from headwise.score import InfluenceScorer, attention_influence, important_heads
@@ -132,6 +134,71 @@ def test_scores_do_not_depend_on_batch_or_order():
     together = [i.score for i in scorer(model, batch_size=3).score(texts)]
     backwards = [i.score for i in scorer(model, batch_size=3).score(texts[::-1])]
     assert together == pytest.approx(alone, abs=1e-5) and backwards[::-1] == pytest.approx(alone, abs=1e-5)
+
+
+class Values:
+    """The transform that keeps the values of a layer's call and attends."""
+
+    def __init__(self, layer):
+        self.layer, self.v = layer, None
+
+    def __call__(self, call, attend):
+        if call.layer == self.layer:
+            self.v = call.v
+        return attend()
+
+
+@torch.no_grad()
+def heads_of(model, layer, ids, head=None):
+    """Values (K, N, D) and head outputs (N, H, D) of a layer, with one head uniform."""
+    keep, edits = Values(layer), [] if head is None else [headwise.Edit.uniform(HeadSet.of([(layer, head)]))]
+    with headwise.attach(model, edits=edits, transforms=[keep]), observe(model, "output") as record:
+        model(ids[None])
+    return keep.v[0], record.output(layer)[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mistral", "deepseek-v3"])
+def test_a_uniform_head_is_the_running_mean_of_its_values_and_its_siblings_stay(name):
+    model, (ids,) = tiny(name), documents(12)
+    _, plain = heads_of(model, 1, ids)
+    v, z = heads_of(model, 1, ids, 2)
+    of = v[2 * len(v) // plain.shape[1]]
+    window = getattr(model.config, "sliding_window", None) or len(ids)
+    wanted = [of[max(0, i + 1 - window) : i + 1].mean(0) for i in range(len(ids))]
+    torch.testing.assert_close(z[:, 2], torch.stack(wanted), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(z[0, 2], of[0], atol=1e-6, rtol=1e-5)
+    others = [0, 1, 3]
+    assert torch.equal(z[:, others], plain[:, others])
+
+
+def test_a_uniform_head_does_not_ask_and_does_not_mind_the_order():
+    model, (ids,) = copy.deepcopy(tiny()), documents(12)
+    _, z = heads_of(model, 0, ids, 2)
+    shuffled = torch.cat([ids[:-1][torch.randperm(11, generator=torch.Generator().manual_seed(0))], ids[-1:]])
+    torch.testing.assert_close(heads_of(model, 0, shuffled, 2)[1][-1, 2], z[-1, 2], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(3.0)
+    torch.testing.assert_close(heads_of(model, 0, ids, 2)[1][:, 2], z[:, 2], atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_documents_padding_and_the_cache_see_what_is_theirs():
+    model, (a, b) = tiny(), documents(9, 14)
+    with headwise.attach(model, edits=headwise.Edit.uniform(HEADS)):
+        alone = model(b[None]).logits[0]
+        together = torch.cat([a, b])[None]
+        places = torch.cat([torch.arange(9), torch.arange(14)])[None]
+        packed = model(together, position_ids=places, use_cache=False).logits[0, 9:]
+        padded = model(
+            torch.cat([torch.zeros(5, dtype=torch.long), b])[None],
+            attention_mask=torch.tensor([[0] * 5 + [1] * 14]),
+            position_ids=torch.tensor([[0] * 5 + list(range(14))]),
+        ).logits[0, 5:]
+        cache = model(b[None, :10], use_cache=True).past_key_values
+        steps = [model(b[None, i : i + 1], past_key_values=cache, use_cache=True).logits[0, 0] for i in range(10, 14)]
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.stack(steps), alone[10:], atol=1e-5, rtol=1e-4)
 
 
 def test_a_long_document_is_the_token_weighted_mean_of_its_chunks():

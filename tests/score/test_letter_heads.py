@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from headwise.attach import attach, find_stack
 from headwise.attach.projection import head_weights, output_projection
 from headwise.errors import AttachError, ScoreError, UnitError
 from headwise.hub import load_model
-from headwise.score import Quiz, Resample, label_pattern, letter_effects, letter_heads, letter_space
+from headwise.score import Quiz, Resample, label_pattern, letter_effects, letter_heads, letter_space, mlp_effects
+from headwise.score._blocks import Blocks, Kept, first, with_first
 from headwise.score._letters import KINDS, LabelPattern
 from headwise.score._patching import answer, record
 from headwise.score._patching_reference import patch_one
-from headwise.tasks.multiple_choice import choice_pairs
+from headwise.tasks.multiple_choice import choice_pairs, make_multiple_choice
 from headwise.tasks.pairs import make_induction
 from headwise.units import HeadSet
 
@@ -66,6 +68,55 @@ def test_direct_effect_is_a_change_of_the_final_residual():
         want = base.difference - (logits[rows, p.answers] - logits[rows, p.contrasts])
         torch.testing.assert_close(found.direct[layer, head], want.detach(), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(found.direct[2], found.total[2], atol=1e-6)  # the last block's MLP lies between
+
+
+def test_effects_of_mlps_are_changes_of_the_residual_and_whole_passes(model):
+    """Direct: the write exchanged before the live final norm. Total: a hook on the MLP. The last one's are the same."""
+    p = quiz(6)
+    found, stack = mlp_effects(model, p), find_stack(model)
+    blocks = Blocks(model, stack, None)
+    rows, last = torch.arange(len(p)), torch.arange(p.ids.shape[1]) == p.last[:, None]
+    twin = Kept(blocks)
+    with torch.no_grad(), twin.recording():
+        answer(model, p, p.corrupt)
+
+    def put(layer):
+        return lambda m, a, out: with_first(out, torch.where(last[..., None], first(twin.mlp[layer]), first(out)))
+
+    with torch.no_grad():
+        base = answer(model, p, p.ids)[1]
+        for layer in (0, 2):
+            handle = blocks.mlps[layer].register_forward_hook(put(layer))
+            want = base - answer(model, p, p.ids)[1]
+            handle.remove()
+            torch.testing.assert_close(found.total[layer], want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.direct[-1], found.total[-1], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found.direct[0], found.total[0], atol=1e-4)
+    assert torch.equal(found.base, base.cpu()) and len(rows) == found.direct.shape[1]
+    names = [name for name, _ in found.ranking(letter_effects(model, p))]
+    assert len(names) == len(found.direct) * (1 + stack.heads) and {"L0 mlp", "L2H3"} <= set(names)
+
+
+def test_the_direct_effect_of_an_mlp_is_its_write_exchanged():
+    model, _ = load_model("tiny-random-llama")
+    p = quiz(6)
+    found, seen = mlp_effects(model, p), []
+    for ids in (p.ids, p.corrupt):
+        keep = {}
+        hooks = [
+            model.model.norm.register_forward_pre_hook(lambda m, a, keep=keep: keep.update(stream=a[0])),
+            model.model.layers[1].mlp.register_forward_hook(lambda m, a, out, keep=keep: keep.update(mlp=out)),
+        ]
+        with torch.no_grad():
+            answer(model, p, ids)
+        for hook in hooks:
+            hook.remove()
+        seen.append(keep)
+    rows = torch.arange(len(p))
+    stream = seen[0]["stream"][rows, p.last] + (seen[1]["mlp"] - seen[0]["mlp"])[rows, p.last]
+    logits = model.lm_head(model.model.norm(stream)).detach()
+    want = found.base - (logits[rows, p.answers] - logits[rows, p.contrasts])
+    torch.testing.assert_close(found.direct[1], want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -176,6 +227,63 @@ def test_moved_and_recalled_queries():
     with attach(model, transforms=[space.move(p, p.marks["other"])]):
         tokens = model.generate(p.ids, attention_mask=p.mask.long(), max_new_tokens=3, do_sample=False)
     assert tokens.shape[1] == p.ids.shape[1] + 3
+
+
+def test_a_whole_group_is_all_its_heads():
+    """Heads of a group read the same keys, so their axes are the same, and to change the kv head is to name both."""
+    model, _ = load_model("tiny-random-llama")
+    p = quiz(6)
+    space = letter_space(model, p, "L1H2,L1H3")
+    one, other = space.parts[1, 2]["k"], space.parts[1, 3]["k"]
+    assert torch.equal(one.mean, other.mean) and torch.equal(one.classes, other.classes)
+    plain = record(model, p, p.ids).z[1]
+    with attach(model, transforms=[space.keep(p, 0, "k")]):
+        changed = record(model, p, p.ids).z[1]
+    assert [(plain - changed)[:, :, h].abs().max() > 1e-5 for h in range(4)] == [False, False, True, True]
+
+
+def test_more_dimensions_lose_less_on_the_prompts_that_gave_the_axes():
+    """On a trained model: all dimensions are the model, few of them most of it, none the mean query and the mean keys."""
+    model, tokenizer = load_model("circuit-lm")
+    p = make_multiple_choice(tokenizer, count=24, form="question", seed=3)
+    space, asked = letter_space(model, p, "L6H6"), Quiz(model, p)
+    losses = [float(asked.choose(space.keep(p, rank))[1].mean()) for rank in (0, 1, 3, 8, 16)]
+    assert all(more < less + 0.03 for less, more in zip(losses, losses[1:], strict=False)), losses
+    assert losses[-1] == pytest.approx(float(asked.choose()[1].mean()), abs=1e-4) and losses[0] > losses[2] + 0.05
+
+
+class Shapes(TorchDispatchMode):
+    """Every shape that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.seen.add(tuple(out.shape))
+        return out
+
+
+def test_no_whole_attention_matrix_is_made():
+    """Rows of the last token only, whatever the number of heads; the model keeps its attention function."""
+    model, _ = load_model("tiny-random-llama")
+    body = (torch.randperm(200, generator=torch.Generator().manual_seed(1))[:90] + 50).tolist()
+    rows = [body[:80] + [body[80 + k]] for k in range(3)]
+    p = choice_pairs(
+        rows,
+        rows[1:] + rows[:1],
+        [[3, 30, 60]] * 3,
+        [[body[3], body[30], body[60]]] * 3,
+        correct=[0, 1, 2],
+        other=[1, 2, 0],
+    )
+    with Shapes() as shapes, torch.no_grad():
+        label_pattern(model, p)
+    assert model.config._attn_implementation == "sdpa"
+    assert any(81 in shape for shape in shapes.seen)
+    assert not any(len(shape) >= 3 and shape.count(81) > 1 for shape in shapes.seen)
 
 
 def test_bfloat16():

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tests.handwired import INDUCTION, PREVIOUS, handwired_induction
+import transformers
+from tests.handwired import INDUCTION, MOVER, PREVIOUS, handwired_induction, handwired_name_mover
 
 import headwise.score as S
 from headwise.errors import AttachError, ScoreError, TaskError, UnitError, WrongModelError
 from headwise.hub import load_model
-from headwise.score._patching import column_mask, record
+from headwise.score._patching import answer, column_mask, record, shares
 from headwise.score._patching_reference import patch_one, path_one
 from headwise.score._paths import Paths
 from headwise.score._sweep import Sweep
@@ -32,7 +33,7 @@ def pairs(count=3, side="left"):
     return PromptPairs.of(rows, twins, made.answers.tolist(), made.contrasts.tolist(), side=side)
 
 
-def close(a, b, tolerance=2e-4):
+def close(a, b, tolerance=1e-5):
     scale = max(1.0, float(b.abs().max()))
     assert float((a - b).abs().max()) < tolerance * scale, (a, b)
 
@@ -63,7 +64,7 @@ def test_paths_are_two_whole_passes(model, receivers, through, freeze, tokens):
     heads = HeadSet.parse(receivers) if receivers else None
     for unit in ("L0H1", "L1H2"):
         layer, head = HeadSet.parse(unit).pairs()[0]
-        fast = paths.to_logits(layer, range(4)) if heads is None else paths.to_heads(layer, range(4), heads, through)
+        fast = paths.to_logits(layer, range(4)) if heads is None else paths.to_units(layer, range(4), heads, through)
         slow = path_one(model, p, paths.base, paths.other, unit, heads, through, where, freeze)
         close(fast[head], slow)
 
@@ -74,7 +75,7 @@ def test_paths_at_a_place_of_each_row(model):
     where = column_mask(p, place)
     paths = Paths(model, p, where)
     receivers = HeadSet.parse("L2H1")
-    fast = paths.to_heads(0, range(4), receivers, "kv")
+    fast = paths.to_units(0, range(4), receivers, "kv")
     close(fast[2], path_one(model, p, paths.base, paths.other, "L0H2", receivers, "kv", where, False))
     with pytest.raises(ScoreError, match="last token"):
         paths.to_logits(0, range(4))
@@ -106,12 +107,46 @@ def test_paths_back_in_depth_and_to_oneself_move_nothing():
     close(paths.to_logits(0, range(4)), paths.base.difference.expand(4, -1), 1e-5)
 
 
+@torch.no_grad()
+def test_what_all_heads_send_is_the_difference_of_the_streams_without_embeddings_and_mlps():
+    """The direct paths of all senders, before the norm, add up to what the two runs differ by at the last token."""
+    model, _ = load_model("tiny-random-llama")
+    p = pairs()
+    paths = Paths(model, p, column_mask(p, "last"))
+    heads = sum(paths.delta(layer, range(4))[:, :, 0].sum(0) for layer in range(3))
+    parts = []
+    for ids in (p.ids, p.corrupt):
+        seen = {}
+        hooks = [model.model.norm.register_forward_pre_hook(lambda m, a, seen=seen: seen.update(stream=a[0]))]
+        for layer, block in enumerate(model.model.layers):
+            keep = lambda m, a, out, seen=seen, layer=layer: seen.update({layer: out})
+            hooks.append(block.mlp.register_forward_hook(keep))
+        answer(model, p, ids)
+        for hook in hooks:
+            hook.remove()
+        rest = model.model.embed_tokens(ids) + sum(seen[layer] for layer in range(3))
+        parts.append((seen["stream"] - rest)[torch.arange(len(p)), p.last])
+    close(heads, parts[1] - parts[0], 1e-5)
+
+
+def test_a_run_patched_into_the_twin_is_all_of_the_effect_and_into_itself_none():
+    base, other = torch.tensor([2.0, 3.0, 1.0]), torch.tensor([-1.0, -2.0, 0.5])
+    for reduce in ("ratio_of_means", "mean_of_ratios"):
+        assert shares(torch.stack([other, base]), base, other, reduce).tolist() == [1.0, 0.0]
+    same = pairs()
+    clean = PromptPairs(same.ids, same.ids, same.mask, same.answers, same.contrasts)
+    model, _ = load_model("tiny-random-qwen3")
+    paths = Paths(model, clean, column_mask(clean, "all"))
+    for through in ("q", "k", "v"):
+        close(paths.to_units(0, range(4), HeadSet.parse("L2H1"), through), paths.base.difference.expand(4, -1))
+
+
 def test_a_key_of_one_head_is_not_the_key_of_its_group():
     model, _ = load_model("tiny-random-llama")
     p = pairs()
     paths = Paths(model, p, column_mask(p, "all"))
     one, other, group = (
-        paths.to_heads(0, range(4), HeadSet.parse(text), "k") - paths.base.difference
+        paths.to_units(0, range(4), HeadSet.parse(text), "k") - paths.base.difference
         for text in ("L2H0", "L2H1", "L2H0,L2H1")
     )
     assert (one - other).abs().max() > 1e-3
@@ -195,6 +230,36 @@ def test_the_parts_add_up_to_the_logits(model):
         )
 
 
+PARALLEL = {"use_parallel_residual": True}
+FAMILIES = {"Olmo2": {}, "GPTNeoX": PARALLEL, "Phi": {}, "Gemma": {"head_dim": 8}, "StableLm": PARALLEL}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """Norms behind attention and MLP (OLMo 2), attention beside the MLP (GPT-NeoX, Phi, StableLM), norms with 1 added (Gemma)."""
+    config = getattr(transformers, f"{request.param}Config")(
+        vocab_size=220, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        initializer_range=0.2, max_position_embeddings=128, **FAMILIES[request.param],
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return getattr(transformers, f"{request.param}ForCausalLM")(config).eval()
+
+
+def test_every_form_of_a_block_is_split_and_patched(family):
+    p = pairs()
+    found = attribute(family, None, pairs=p)
+    assert found.error < 1e-5 * float(found.heads.abs().sum((1, 2)).max())
+    where = column_mask(p, "all")
+    sweep, other = Sweep(family, p, where), record(family, p, p.corrupt)
+    close(sweep.layer(0, range(4), other.z[0])[2], patch_one(family, p, sweep.base, other.z, "L0H2", where), 1e-5)
+    for freeze in (False, True):
+        paths = Paths(family, p, where, freeze_mlps=freeze)
+        slow = path_one(family, p, paths.base, paths.other, "L0H1", HeadSet.parse("L1H2"), "qk", where, freeze)
+        close(paths.to_units(0, range(4), HeadSet.parse("L1H2"), "qk")[1], slow, 1e-5)
+        slow = path_one(family, p, paths.base, paths.other, "L0H1", None, "", where, freeze)
+        close(paths.to_logits(0, range(4))[1], slow, 1e-5)
+
+
 def test_scaled_or_capped_logits_are_refused():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -235,6 +300,45 @@ def test_the_exact_induction_head_is_found_by_every_measure():
     assert max(parts, key=parts.get) == "L1H1"
     ablated = S.ablation_effect(model, None, pairs=p)
     assert ablated.values[induction] > 0.9 * ablated.meta["base"]
+
+
+def indirect_objects():
+    """[A, B, and, S, gave]: the answer is the name that S is not; the twin's giver is the other one. Rows of two lengths."""
+    names = [(1, 2, 1), (1, 2, 2), (5, 3, 5), (8, 6, 6)]
+    rows, twins = [], []
+    for n, (a, b, giver) in enumerate(names):
+        before = [20] * (n % 2)
+        rows.append([*before, a, 21, b, 22, giver, 23])
+        twins.append([*before, a, 21, b, 22, a + b - giver, 23])
+    givers = [giver for *_, giver in names]
+    return PromptPairs.of(rows, twins, [a + b - g for a, b, g in names], givers)
+
+
+def test_the_exact_name_mover_is_found_by_every_measure():
+    model, p = handwired_name_mover(), indirect_objects()
+    run = record(model, p, p.ids)
+    assert torch.equal(run.logits.argmax(1), p.answers)
+    assert run.difference == pytest.approx(
+        -record(model, p, p.corrupt).difference, rel=1e-4
+    )  # the twin's answer is the mirror
+    exact = {"rel": 1e-3, "abs": 1e-3}
+    for tokens in ("last", "all"):
+        patched = activation_patching(model, None, pairs=p, tokens=tokens).values
+        assert [patched[unit].item() for unit in (MOVER, PREVIOUS)] == pytest.approx([1.0, 1.0], **exact)
+        assert (patched.flatten().abs() > 1e-3).sum() == 2
+    direct = S.path_patching(model, None, pairs=p).values
+    assert direct[MOVER] == pytest.approx(1.0, **exact) and (direct.flatten().abs() > 1e-3).sum() == 1
+    for through, share in (("q", 1.0), ("k", 0.0), ("v", 0.0)):
+        to_mover = S.path_patching(model, None, pairs=p, receivers=HeadSet.parse("L1H1"), through=through).values
+        assert to_mover[PREVIOUS] == pytest.approx(share, **exact)
+    parts = attribute(model, None, pairs=p).parts()
+    assert parts["L1H1"] == pytest.approx(float(run.difference.mean()), **exact)
+    assert all(abs(value) < 1e-3 for name, value in parts.items() if name != "L1H1")
+    lost = S.ablation_effect(model, None, pairs=p)
+    assert lost["L1H1"] == pytest.approx(lost.meta["base"], **exact)  # nothing is said about either name
+    assert lost["L0H0"] > lost.meta["base"]  # all tokens are read alike, and the giver stands there twice
+    found = S.find_circuit(model, None, pairs=p, share=0.125)
+    assert [str(stage.kept) for stage in found.stages] == ["L1H1", "L0H0"]
 
 
 def test_bad_input_is_named():

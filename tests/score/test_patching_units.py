@@ -15,7 +15,7 @@ from headwise.hub import load_model
 from headwise.score._edges import edges
 from headwise.score._expert_sweep import ExpertSweep, split_parts
 from headwise.score._patching import answer, column_mask, record
-from headwise.score._patching_reference import expert_one
+from headwise.score._patching_reference import expert_one, to_experts_one
 from headwise.score._path_batch import ExpertPaths, PathBatch
 from headwise.score._paths import Paths
 from headwise.score._sweep import Sweep
@@ -69,10 +69,48 @@ def test_an_experts_direct_path(mixture, receivers, through, tokens):
     paths = ExpertPaths(mixture, p, where, rows=5)
     heads, base = HeadSet.parse(receivers) if receivers else None, record(mixture, p, p.ids)
     units = range(4)
-    fast = paths.to_logits(1, units) if heads is None else paths.to_heads(1, units, heads, through)
+    fast = paths.to_logits(1, units) if heads is None else paths.to_units(1, units, heads, through)
     for expert in (0, 3):
         slow = expert_one(mixture, p, f"L1E{expert}", where, base=base, receivers=heads, through=through, direct=True)
         close(fast[expert], slow)
+
+
+@pytest.mark.parametrize("through", ["x", "w", "xw"])
+@pytest.mark.parametrize(("tokens", "freeze"), [("last", False), ("all", True)])
+def test_experts_receive_what_they_compute_on_and_their_weight(mixture, through, tokens, freeze):
+    p = pairs(2)
+    where, receivers = column_mask(p, tokens), HeadSet.parse("L1E1,L1E3,L2E0")
+    paths = Paths(mixture, p, where, rows=5, freeze_mlps=freeze)
+    moved = 0.0
+    for sender in ("L0H1", "L1H2", "L2H3"):  # a head reaches the experts of its own layer
+        layer, head = HeadSet.parse(sender).pairs()[0]
+        fast = paths.to_units(layer, range(4), receivers, through)
+        slow = to_experts_one(mixture, p, paths.base, paths.other, sender, receivers, through, where, freeze)
+        close(fast[head], slow)
+        moved = max(moved, float((slow - paths.base.difference).abs().max()))
+    assert moved > 1e-3
+
+
+def test_experts_send_to_experts_of_later_layers_alone(mixture):
+    p = pairs(2)
+    scores = S.path_patching(mixture, None, pairs=p, unit="expert", receivers=HeadSet.parse("L2E0,L2E1"), through="xw")
+    assert (scores.values[2] == 0).all() and (scores.values[1] != 0).any()
+    assert scores.meta["receivers"] == "xw of L2E0,L2E1"
+    if find_experts(mixture).numbers()[0] == 1:
+        with pytest.raises(UnitError, match="L0E1 names no routed expert"):
+            S.path_patching(mixture, None, pairs=p, receivers=HeadSet.parse("L0E1"), through="x")
+    with pytest.raises(ScoreError, match="through='q'.*x: the hidden states"):
+        S.path_patching(mixture, None, pairs=p, receivers=HeadSet.parse("L2E0"))
+
+
+def test_a_kv_head_receives_with_all_heads_that_read_it():
+    model, _ = load_model("tiny-random-llama")
+    options = {"pairs": pairs(2), "tokens": "all", "through": "kv"}
+    group = S.path_patching(model, None, receivers=HeadSet.parse("L2K1"), **options)
+    heads = S.path_patching(model, None, receivers=HeadSet.parse("L2H2,L2H3"), **options)
+    assert torch.equal(group.values, heads.values) and group.meta["receivers"] == "kv of L2K1"
+    with pytest.raises(ScoreError, match="through='q'.*kind 'kv'"):
+        S.path_patching(model, None, receivers=HeadSet.parse("L2K1"), pairs=pairs(2))
 
 
 def test_frozen_mlps_leave_an_expert_its_write(mixture):
@@ -177,7 +215,7 @@ def test_edges_are_path_patching_one_receiver_at_a_time(name, tokens, through, f
     for layer in (0, 1):
         for unit in ("L1H0", "L1H3", "L2H2"):
             to, head = HeadSet.parse(unit).pairs()[0]
-            one = paths.to_heads(layer, heads, HeadSet.parse(unit), through)
+            one = paths.to_units(layer, heads, HeadSet.parse(unit), through)
             close(found[4 * layer : 4 * layer + 4, 4 * (to - 1) + head], one)
 
 

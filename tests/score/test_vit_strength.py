@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import InternVLVisionConfig, InternVLVisionModel
 
 import headwise
 from headwise.attach import attach
@@ -95,12 +96,32 @@ def test_streaming_changes_nothing(monkeypatch):
     assert [t.shape for t in whole.layer_trend()] == [(2, 4)] * 2
 
 
-def test_recomputed_rows_are_what_the_fused_kernel_used():
-    model, gaps = tiny("vit"), []
+def normed_queries():
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "use_qk_norm": True,
+    }
+    torch.manual_seed(0)
+    config = InternVLVisionConfig(**options, image_size=(32, 32), patch_size=(8, 8))
+    return InternVLVisionModel._from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("make", [lambda: tiny("vit"), normed_queries], ids=["vit", "normed queries"])
+def test_recomputed_rows_are_what_the_fused_kernel_used(make):
+    model, gaps = make(), []
     watch = lambda call, out: gaps.append((attention_rows(call) @ call.v).transpose(1, 2).sub(out).abs().max())
     with attach(model, observers=[watch]), torch.no_grad():
         model(pixel_values=random(2, 3, 32, 32))
     assert len(gaps) == 2 and max(gaps) < 1e-4
+
+
+def test_profiles_of_a_model_with_normed_queries():
+    found = strength_of(normed_queries(), random(2, 3, 32, 32))
+    total = found["mass"].sum(-1) + found["patch_to_prefix"]
+    torch.testing.assert_close(total, torch.ones(2, 4), atol=1e-5, rtol=0)
 
 
 def test_the_map_of_one_head():

@@ -6,7 +6,8 @@ import torch
 import headwise
 from headwise.attach import fingerprint
 from headwise.errors import ArtifactError, EditError, UnitError
-from headwise.steer import Perturbation, hunt
+from headwise.models.flow_vit import flow_vit
+from headwise.steer import FlowSampler, Perturbation, hunt
 from headwise.units import HeadSet
 from tiny_helper import tiny
 
@@ -71,6 +72,23 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path, stop):
     assert objective.images <= 3 * 18 + 3 - 3 * 2 * ((stop - 3) // 6)
     longer = hunt(tiny("vit"), Toy(), Objective(), k=2, rounds=4, batch=2, state=state)
     assert longer.order[:6] == whole.order
+
+
+def test_a_search_of_real_samples_is_the_same_again_whatever_the_batch():
+    model = flow_vit(size=8, patch=4, width=16, layers=2, heads=2, classes=3, seed=0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # an untrained flow gives 0: its last layer is
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    searches = []
+    for batch in (1, 4, 4):
+        sampler = FlowSampler(model, noise, {"labels": torch.tensor([0, 1, 2])}, steps=3, w=2.0)
+        searches.append(hunt(model, sampler, lambda images: images.flatten(1).std(1), k=1, rounds=2, batch=batch))
+    assert searches[1] == searches[2] and searches[0].order == searches[1].order
+    torch.testing.assert_close(searches[0].scores().values, searches[1].scores().values, atol=1e-5, rtol=1e-4)
+    assert searches[0].scores().values.abs().max() > 0
 
 
 def test_a_state_of_another_search_is_refused(tmp_path):

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+import transformers
 
 import headwise
-from headwise.errors import AttachError, EditError, UnitError
+from headwise.attach.experts import observe_experts
+from headwise.errors import ArtifactError, AttachError, EditError, UnitError
 from headwise.expert_edits import ExpertEdits
 from headwise.hub import load_model
 from headwise.papers import _mote_model
@@ -167,6 +169,61 @@ def test_one_class_alone_has_no_contrast():
         maps.contrast("a")
 
 
+# classes that are not among the tiny models
+
+SMALL = dict(
+    vocab_size=256, hidden_size=32, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, initializer_range=0.2, num_experts=6, num_local_experts=6, num_experts_per_tok=2,
+)  # fmt: skip
+LATENT = dict(
+    n_routed_experts=6, n_shared_experts=1, first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=None, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8, head_dim=8, topk_method="greedy", n_group=None, topk_group=None,
+)  # fmt: skip
+
+
+def made(name, **options):
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SMALL | options))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+def chosen(model, edits, ids):
+    with headwise.attach(model, edits=edits), observe_experts(model) as record:
+        model(ids)
+    return record.count[:, 1].sum(0).tolist()
+
+
+@pytest.mark.parametrize(("name", "options"), [("GraniteMoe", {}), ("DeepseekV2", LATENT)])
+def test_further_classes_take_every_edit(name, options):
+    model, ids = made(name, **options), tokens(2, 17)
+    assert chosen(model, ExpertEdits.off("L1E1"), ids)[1] == 0 and chosen(model, ExpertEdits.ban("L1E1"), ids)[1] == 0
+    assert (
+        chosen(model, ExpertEdits.force("L1E1"), ids)[1]
+        == chosen(model, ExpertEdits.favour("L1E1", 99.0), ids)[1]
+        == 34
+    )
+    counts = expert_maps(model, None, prompts(2), labels(2), per_token=False).values[:, 1].sum(-1)
+    assert counts.tolist() == [2.0 * len(p) for p in prompts(2)]
+
+
+def test_a_router_with_a_rule_of_its_own_is_switched_off_but_not_asked_again():
+    """Phi-MoE masks logits by a jitter threshold between its two choices."""
+    model, ids = made("Phimoe"), tokens(2, 17)
+    assert chosen(model, ExpertEdits.off("L1E1"), ids)[1] == 0
+    for edits in (ExpertEdits.ban("L1E1"), ExpertEdits.force("L1E1")):
+        with pytest.raises(AttachError, match="layer 1: the rule of Phimoe"):
+            chosen(model, edits, ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_ban_holds_over_ten_thousand_tokens(name):
+    assert chosen(tiny(name), ExpertEdits.ban("L1E0,L1E3"), tokens(40, 256))[0] == 0
+
+
 # the method
 
 
@@ -201,7 +258,7 @@ def test_data_from_a_file(tmp_path):
     with pytest.raises(EditError, match="d.jsonl:1"):
         mote(model, tokenizer, behaviour="sum", data=file)
     file.write_text("{")
-    with pytest.raises(EditError, match="not a line of JSON"):
+    with pytest.raises(ArtifactError, match="d.jsonl:1' is not the JSON"):
         mote(model, tokenizer, behaviour="sum", data=file)
     with pytest.raises(EditError, match="no file"):
         mote(model, tokenizer, behaviour="sum", data=tmp_path / "none.jsonl")

@@ -52,8 +52,19 @@ def test_no_heads_or_no_strength_is_the_plain_pass_to_the_bit(how):
     plain = logits(model)
     with Perturbation(**how).attached(model):
         assert torch.equal(logits(model), plain)
-    with guided(model, Perturbation(**how), w=3.0):
-        assert torch.equal(logits(model), plain)
+    for w in (0.0, 3.0, -1.5, 40.0):
+        with guided(model, Perturbation(**how), w=w):
+            assert torch.equal(logits(model), plain)
+
+
+def test_the_order_of_heads_means_nothing_and_none_is_named_twice():
+    model, found = tiny("vit"), []
+    for pairs in ([(0, 1), (1, 3), (0, 2)], [(0, 2), (0, 1), (1, 3)]):
+        with Perturbation(heads=HeadSet.of(pairs), u=0.7).attached(model):
+            found.append(logits(model))
+    assert torch.equal(*found)
+    with pytest.raises(UnitError, match="L0H1 is named twice"):
+        HeadSet.of([(0, 1), (1, 3), (0, 1)])
 
 
 def test_guidance_is_affine_in_w_and_exact_at_zero():

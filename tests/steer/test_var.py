@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from headwise.attach import fingerprint
+from headwise.attach import attach, fingerprint
 from headwise.attach.sinks import sink_value
 from headwise.errors import ArtifactError, AttachError, EditError, UnitError, WrongModelError
 from headwise.hub import load_model
@@ -175,6 +175,29 @@ def test_eager_and_bfloat16():
     assert (found.float() - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 2**-7)])
+def test_each_layer_is_the_map_of_its_own_queries_up_to_rounding(dtype, bound):
+    """Weights are made in float32 from what the layer itself was given: only the outputs are rounded to their dtype."""
+    model, inputs, gaps = llava(dtype=dtype), prompt(ROWS[0]), []
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    made = rule(move=1.0)
+    with made.attach(model) as running:
+
+        def compare(call, out):
+            q, k, v = call.q.float(), call.k.float().repeat_interleave(2, 1), call.v.float().repeat_interleave(2, 1)
+            N, image = q.shape[2], running.table
+            weights = (q @ k.mT * call.scale).masked_fill(torch.ones(N, N).triu(1).bool(), -torch.inf).softmax(-1)
+            edited = redistribute_map(weights, image, running.sinks[call.layer], move=1.0, rho=0.3, minimum_mass=0.05)
+            edited = torch.where(running.text_queries()[:, None, :, None], edited, weights)
+            wanted = (edited @ v).transpose(1, 2)
+            gaps.append(float((out.float() - wanted).abs().max() / wanted.abs().max()))
+
+        with attach(model, observers=[compare], stack="language_model"):
+            logits(model, inputs)
+        assert sum(running.selected.values()) > 0
+    assert len(gaps) == 4 and max(gaps) < bound
+
+
 @pytest.mark.parametrize("options", [{"move": 0.0}, {"tau": math.inf}, {"rho": 1.01}, {"dims": (3,), "tau": 7.9}])
 def test_nothing_to_do_is_bit_identical(options):
     model, inputs = llava(), prompt(*ROWS)
@@ -273,6 +296,19 @@ def test_method_finds_planted_dimensions_and_defaults():
     made = var(model, tokenizer, tau=4.0)
     assert set(made.dims) == {11, 40} and made.layers == (2,) and (made.move, made.rho) == (0.6, 0.8)
     assert made.fingerprint == fingerprint(model, "language_model")
+
+
+def test_planted_sinks_are_found_and_no_others():
+    model, e = llava(), ord("e")
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight[e, [11, 40]] = 60.0
+    inputs = prompt([1, "img", e, 7, e, 9], [1, e, 3, "img", 7, 8])
+    with rule(dims=(11, 40), tau=4.0, layers=(1, 2, 3)).attach(model) as running:
+        logits(model, inputs)
+    planted = [[1, *[IMAGE] * 16, e, 7, e, 9], [1, e, 3, *[IMAGE] * 16, 7, 8]]
+    for layer in (1, 2, 3):
+        for row, ids in enumerate(planted):
+            assert running.sinks[layer][row, : len(ids)].tolist() == [token == e for token in ids]
 
 
 def test_saves_and_loads(tmp_path):

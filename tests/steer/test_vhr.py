@@ -133,6 +133,21 @@ def test_left_as_it_was_also_after_an_error():
     assert model.config.text_config._attn_implementation == "sdpa"
 
 
+def test_nested_rules_leave_in_any_order():
+    model, inputs = llava(), prompt(*ROWS)
+    plain, outer, inner = logits(model, inputs), VHR(layers=(1,)), VHR(layers=(2,), alpha=3.0)
+    with outer.attach(model):
+        alone = logits(model, inputs)
+        with inner.attach(model):
+            assert not torch.equal(logits(model, inputs), alone)
+        assert torch.equal(logits(model, inputs), alone)
+    first, second = outer.attach(model), inner.attach(model)
+    first.detach()
+    assert not torch.equal(logits(model, inputs), plain)
+    second.detach()
+    assert torch.equal(logits(model, inputs), plain) and not model.model._forward_pre_hooks
+
+
 def test_bfloat16_and_qwen2_vl():
     half = llava(dtype="bfloat16")
     inputs = prompt(ROWS[0])

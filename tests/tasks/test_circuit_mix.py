@@ -28,14 +28,24 @@ def test_every_word_is_one_token():
         mix.circuit_tokenizer(400)
 
 
-@pytest.mark.parametrize("kind", ["ioi", "colors", "lists"])
+@pytest.mark.parametrize("kind", ["ioi", "worded", "colors", "asked", "pairs", "lists"])
 def test_pieces_are_cut_where_tokens_are(kind):
     for document in pieces(kind, 40):
         together = encode(tokenizer(), "".join(text for text, _ in document))
         assert [t for text, _ in document for t in encode(tokenizer(), text)] == together
 
 
-@pytest.mark.parametrize("kind, words", [("ioi", "names"), ("colors", "objects"), ("choice", "words")])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("ioi", "names"),
+        ("worded", "names"),
+        ("colors", "objects"),
+        ("asked", "objects"),
+        ("pairs", "objects"),
+        ("choice", "words"),
+    ],
+)
 def test_held_out_words_and_openings_are_in_no_document(kind, words):
     seen = {text.strip() for document in pieces(kind) for text, _ in document}
     assert not seen & set(mix.HELD_OUT[words])
@@ -44,11 +54,11 @@ def test_held_out_words_and_openings_are_in_no_document(kind, words):
 
 
 def test_what_is_asked_can_be_told_from_the_document():
-    for document in pieces("ioi"):
+    for document in pieces("ioi") + pieces("worded"):
         (answer,) = [text for text, wanted in document if wanted]
         names = [text for text, _ in document if text.strip() in mix.NAMES + mix.MORE_NAMES]
         assert names.count(answer) == 2 and len(set(names)) == 2 and names[-1] == answer
-    for document in pieces("colors"):
+    for document in pieces("colors") + pieces("asked") + pieces("pairs"):
         for at in (n for n, (_, wanted) in enumerate(document) if wanted):
             texts = [text for text, _ in document[:at]]
             thing = texts[at - 2]
@@ -72,6 +82,15 @@ def test_rows_are_whole_documents_in_their_shares():
     assert names and set(names) <= set(mix.NAMES + mix.MORE_NAMES)
     assert [len(part["input_ids"]) for part in rows[3:5]] == [128, 128]
     assert tokenizer().eos_token_id == int(rows.ids[0, -1]) or int(rows.ids[0, -1]) > 0
+
+
+def test_mixes_are_shares_of_known_documents():
+    for shares in mix.MIXES.values():
+        assert sum(shares.values()) == pytest.approx(1) and set(shares) - set(mix.DOCUMENTS) == {"text"}
+    dense = mix.circuit_rows(tokenizer(), 100, 128, mix="dense", seed=1, code_chars=20_000)
+    assert len(dense) == 100 and dense.wanted[-15:].all()
+    with pytest.raises(TaskError, match="mix='rich'"):
+        mix.circuit_rows(tokenizer(), 10, 128, mix="rich")
 
 
 def test_documents_to_look_at():

@@ -1,8 +1,8 @@
 """Stand in front of the one attention call of a diffusers attention module.
 
-Such a module computes q, k and v in its processor and calls torch's `scaled_dot_product_attention`. While it runs, a
-`TorchFunctionMode` between two forward hooks takes that call, so processors, weights and classes stay as they are and every
-torch kernel serves. Which tokens are image and which are text is read from each call, never from a table of counts.
+Such a module computes q, k and v in its processor and calls torch's `scaled_dot_product_attention`. While it runs, between two forward
+hooks, that call is taken (`attention_door.py`), so processors, weights and classes stay as they are and every torch kernel serves. Which
+tokens are image and which are text is read from each call, never from a table of counts.
 
 Letters: B batch, H query heads, K kv heads, N queries, M keys, D head dim.
 """
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from headwise.attach.attention_door import DOOR, Mode
 from headwise.attach.controller import Controller
 from headwise.attach.diffusers import is_cross, is_joint
 from headwise.attach.hook import HeadCall
@@ -31,7 +31,6 @@ REMEDY = (
     "processor of its own kernel): call model.set_attention_backend('native'), or choose a model whose attention does"
 )
 PROBE_IMAGE, PROBE_TEXT = 5, 3
-ATTENTION = F.scaled_dot_product_attention
 SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -57,21 +56,38 @@ _PROVED: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool | None]] = weakre
 (None: unknown): a sampler attaches at every step, and neither proof nor order may cost it a wait for the device."""
 
 
-class _Watch(TorchFunctionMode):
+_BY_DOOR: weakref.WeakKeyDictionary[nn.Module, set[tuple]] = weakref.WeakKeyDictionary()
+"""Kinds of which the proof has shown that they look torch's attention up; the others are followed operation by operation."""
+
+
+class _Watch:
     """Hands the first attention call of one module to its site; later calls of the same module (IP-Adapters) pass."""
 
     def __init__(self, site: Site, module: nn.Module, image: Tensor | None, text: Tensor | None):
-        super().__init__()
         self.site, self.module, self.image, self.text = site, module, image, text
         self.seen = 0
+        self._leave: Callable[[], None] | None = None
 
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not ATTENTION:
-            return func(*args, **kwargs) if kwargs else func(*args)
+    def enter(self, by_door: bool) -> None:
+        """From now on the attention calls of this thread come here."""
+        if by_door and not torch.compiler.is_compiling():
+            self._leave = functools.partial(DOOR.leave, DOOR.enter(self))
+        else:
+            mode = Mode(self)
+            mode.__enter__()
+            self._leave = functools.partial(mode.__exit__, None, None, None)
+
+    def leave(self) -> None:
+        """No longer."""
+        if self._leave is not None:
+            self._leave()
+
+    def take(self, attention: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
+        """An attention call of the module."""
         self.seen += 1
         if self.seen > 1 or not self.site.active:
-            return func(*args, **(kwargs or {}))
-        given = {**dict(zip(SDPA, args, strict=False)), **(kwargs or {})}
+            return attention(*args, **kwargs)
+        given = {**dict(zip(SDPA, args, strict=False)), **kwargs}
         q, k, v = given["query"], given["key"], given["value"]
         options = {
             "scaling": given.get("scale"),
@@ -132,6 +148,10 @@ def _four_dimensional(mask: Tensor | None, q: Tensor) -> Tensor | None:
         return None
     mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim < 3 else mask[:, None] if mask.ndim == 3 else mask
     return mask.expand(-1, -1, q.shape[2], -1)
+
+
+class _NotReached(AttachError):
+    """A module ran without a call of torch's attention that was seen."""
 
 
 class DiffusersSite(Site):
@@ -216,8 +236,9 @@ class DiffusersController(Controller):
 
     def _hang(self, site: Site, module: nn.Module) -> list[Any]:
         """The two hooks of one module."""
+        by_door = self._kind(module) in _BY_DOOR.get(self.stack.owner, ())
         return [
-            module.register_forward_pre_hook(self._enter(site), with_kwargs=True),
+            module.register_forward_pre_hook(self._enter(site, by_door), with_kwargs=True),
             module.register_forward_hook(self._leave(site), always_call=True),
         ]
 
@@ -243,13 +264,13 @@ class DiffusersController(Controller):
         grid = isinstance(latents, Tensor) and latents.ndim == 4 and isinstance(patch, int)
         self.image_tokens = (latents.shape[-2] // patch) * (latents.shape[-1] // patch) if grid else None  # type: ignore[union-attr]
 
-    def _enter(self, site: Site) -> Callable:
+    def _enter(self, site: Site, by_door: bool) -> Callable:
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
             image = kwargs.get("hidden_states", args[0] if args else None)
             text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
             watch = _Watch(site, module, image if isinstance(image, Tensor) and image.ndim == 3 else None, text)
             self._watching[site.layer] = watch
-            watch.__enter__()
+            watch.enter(by_door)
 
         return enter
 
@@ -258,9 +279,9 @@ class DiffusersController(Controller):
             watch = self._watching.pop(site.layer, None)
             if watch is None:
                 return
-            watch.__exit__(None, None, None)
+            watch.leave()
             if output is not None and not watch.seen and site.active:
-                raise AttachError(
+                raise _NotReached(
                     f"layer {site.layer} of {type(self.stack.owner).__name__} was not reached: {self.remedy}"
                 )
 
@@ -276,7 +297,13 @@ class DiffusersController(Controller):
             kind = self._kind(module)
             if kind in proved or next(module.parameters()).device.type == "meta":
                 continue
-            proved[kind] = self._prove_one(site, module)
+            by_door = _BY_DOOR.setdefault(self.stack.owner, set())
+            by_door.add(kind)
+            try:
+                proved[kind] = self._prove_one(site, module)
+            except _NotReached:  # it may hold on to the function itself
+                by_door.discard(kind)
+                proved[kind] = self._prove_one(site, module)
 
     def _kind(self, module: nn.Module) -> tuple:
         """What decides whether a module is reached."""
@@ -305,6 +332,7 @@ class DiffusersController(Controller):
         except AttachError:
             raise
         except Exception:  # it needs more than hidden states: its first real call is checked instead, see _leave
+            _BY_DOOR[self.stack.owner].discard(self._kind(module))
             return None
         finally:
             site.transforms, site.edits, site.observers, site.router = kept

@@ -67,9 +67,12 @@ def top_sum(values: Tensor, k: int) -> Tensor:
     return values.topk(k, dim=-1).values.sum((-1, -2))
 
 
-def last_rows(call: HeadCall, out: Tensor, count: int = 1) -> Tensor:
-    """Outputs (B, T, H, D) of the last T real tokens of each row, padded left or right; (B, N, H, D) given."""
-    real = call.real_tokens()
+def last_rows(call: HeadCall, out: Tensor, count: int = 1, real: Tensor | None = None) -> Tensor:
+    """Outputs (B, T, H, D) of the last T real tokens of each row, padded left or right; (B, N, H, D) given.
+
+    `real` (B, N): which columns are no padding, where the caller knows; else what the call says.
+    """
+    real = call.real_tokens() if real is None else real.to(out.device)
     B, N = out.shape[:2]
     if real is None:
         return out[:, N - count :]

@@ -16,8 +16,6 @@ from headwise.errors import AttachError
 if TYPE_CHECKING:
     from headwise.attach.expert_call import ExpertCall
 
-SUMS = ("count", "weight", "prob")
-
 
 @dataclass
 class ExpertRecord:

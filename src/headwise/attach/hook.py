@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headwise.attention import KVGroup, Queries, split_by_pattern
-from headwise.attention.backends import Request, serve
+from headwise.attention.backends import Request, choose, serve
 from headwise.attention.groups import Table, key_positions
 from headwise.errors import AttachError
 from headwise.plan import Full, Pattern
@@ -199,6 +199,23 @@ class HeadCall:
         probability mass sum_j A_ij w_j. `kv_heads` restricts the work to some kv heads and their query heads.
         """
         return self._attend(self.q if q is None else q, key_weight, ones, kv_heads)[0]
+
+    def attend_served(self, q: Tensor, gates: Tensor) -> Tensor | None:
+        """gates (B, N, H) times the attention output (B, N, H, Dv), by a kernel that skips queries whose gate is 0.
+
+        None where there is no such kernel or it would not pay: then `attend` and multiply.
+        """
+        if not q.is_cuda or self.groups is not None or self.first_column or self.past or self.mask is not None:
+            return None
+        if self.site.controller.base not in PLAN_BASES or any(self.options.get(n) is not None for n in INEXPRESSIBLE):
+            return None
+        gate = gates.transpose(1, 2)
+        groups, dropout = tuple(self.key_groups()), float(self.options.get("dropout") or 0.0)  # type: ignore[arg-type]
+        request = Request(
+            q, groups, self.queries(), self.scale, gate != 0, gate, dropout=dropout, whole=(self.k, self.v)
+        )
+        backend, _ = choose(request, "auto")
+        return backend.run(request)[0].transpose(1, 2) if backend.name == "triton" else None
 
     def _attend(
         self,

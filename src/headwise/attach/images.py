@@ -233,14 +233,17 @@ def extended(table: Tensor, positions: Tensor, flags: Tensor, width: int) -> Ten
 
 class InLayers:
     """A transform of some layers: `attach` leaves the others alone. `own_attention`: it works on the layer's own attention, so
-    it goes innermost.
+    it goes innermost. `counts`: in a decode step it does without the host's view of the keys, so that steps stay on the device.
 
     >>> InLayers(lambda call, attend: attend(), (1, 3)).in_layers
     (1, 3)
     """
 
-    def __init__(self, transform: Transform, in_layers: Sequence[int], *, own_attention: bool = False):
-        self.transform, self.in_layers, self.own_attention = transform, tuple(in_layers), own_attention
+    def __init__(
+        self, transform: Transform, in_layers: Sequence[int], *, own_attention: bool = False, counts: bool = False
+    ):
+        self.transform, self.in_layers = transform, tuple(in_layers)
+        self.own_attention, self.counts = own_attention, counts
 
     def __call__(self, call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
         return self.transform(call, attend) if call.layer in self.in_layers else attend()

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -148,6 +148,12 @@ def _checked(model: PreTrainedModel, pattern: str, found: dict[int, tuple[str, n
         raise AttachError(
             f"{type(model).__name__} runs one attention module {declared} times (shared weights): layers have no address"
         )
+    strangers = [i for i, m in enumerate(modules) if getattr(m, "config", config) is not config]
+    if strangers:
+        raise AttachError(
+            f"stack {pattern}: layers {strangers} have configs of their own, so switching the attention of layer 0 would not reach "
+            "them; layers that share one config are needed"
+        )
     if len({getattr(m, "num_key_value_groups", 1) for m in modules}) != 1:
         raise AttachError(
             f"stack {pattern}: the number of kv heads differs between layers, which headwise does not address yet"
@@ -188,8 +194,3 @@ def _experts(config: object) -> int:
         if isinstance(value, int):
             return value
     return 0
-
-
-def modules_and_layers(stack: Stack) -> Iterator[tuple[int, nn.Module]]:
-    """(layer, attention module), in order."""
-    return iter(enumerate(stack.modules))

@@ -117,7 +117,7 @@ class SinkTokens(ImageTokens):
         self.tau, self.layers = tau, tuple(layers)
         self.sinks: dict[int, Tensor] = {}  # (B, P) bool by position, of any token
         self.image_sinks: dict[int, Tensor] = {}  # (B,) bool: has the row a sink on an image in this layer?
-        self._codes: dict[int, Tensor] = {}
+        self._codes: dict[tuple[int, bool], Tensor] = {}
         self.any_image_sink: dict[int, bool] = {}  # in any row: known on the host, so that decoding waits for nothing
 
     def attach_with(self, *transforms: Any) -> None:
@@ -141,17 +141,18 @@ class SinkTokens(ImageTokens):
         on_image = self.sinks[layer] & looked_up(table, torch.arange(self.sinks[layer].shape[1], device=x.device)[None])
         self.image_sinks[layer] = on_image.any(1)
         self.any_image_sink[layer] = bool(self.image_sinks[layer].any())
-        self._codes.pop(layer, None)
+        for kind in (False, True):
+            self._codes.pop((layer, kind), None)
 
-    def codes(self, layer: int) -> Tensor:
+    def codes(self, layer: int, *, by_position: bool = False) -> Tensor:
         """(B, C) uint8 of the prompt's columns, for kernels: 1 on an image, 2 on a sink, 3 on both; no image in rows without a sink on one.
 
-        Made once a prompt: tokens that are decoded are neither.
+        Made once a prompt: tokens that are decoded are neither. `by_position`: of positions instead of columns.
         """
-        if layer not in self._codes:
+        if (layer, by_position) not in self._codes:
             sinks, table = self.sinks[layer], self.table.to(self.sinks[layer].device)
             at = torch.arange(sinks.shape[1], device=sinks.device)[None]
-            at = at if self.start is None else at - self.start.to(at.device)[:, None]
+            at = at if self.start is None or by_position else at - self.start.to(at.device)[:, None]
             image = looked_up(table, at) & self.image_sinks[layer][:, None]
-            self._codes[layer] = image.to(torch.uint8) + 2 * looked_up(sinks, at).to(torch.uint8)
-        return self._codes[layer]
+            self._codes[layer, by_position] = image.to(torch.uint8) + 2 * looked_up(sinks, at).to(torch.uint8)
+        return self._codes[layer, by_position]

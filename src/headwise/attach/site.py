@@ -113,8 +113,9 @@ class Site:
 
     @property
     def counts(self) -> bool:
-        """Can a decode step do without the host's view of the keys? Nothing attached looks at them, or at where tokens stand."""
-        return not (self.router or self.observers or self.transforms or any(not a.counts for a in self.edits))
+        """Can a decode step do without the host's view of the keys, and of where tokens stand? What can says so by `counts`."""
+        parts = (*self.edits, *self.observers, *self.transforms)
+        return not self.router and all(getattr(part, "counts", False) for part in parts)
 
     @property
     def reads_hidden(self) -> bool:
@@ -130,21 +131,30 @@ class Site:
         self.hidden = None
         if self.patterns is not None:
             self._open_cache(call)
-        out, weights = self._attend(call, apply_query_edits(self.edits, call))
-        if self.router is not None:
-            out = self._gated(self.router, call, out)
+        q = apply_query_edits(self.edits, call)
+        out, weights = self._attend(call, q) if self.router is None else self._routed(self.router, call, q)
         out = apply_output_edits(self.edits, call, out)
         for observe in self.observers:
             observe(call, out)
         return out, weights
 
-    def _gated(self, router: LayerRouter, call: HeadCall, out: Tensor) -> Tensor:
-        """g·O, or g·O + (1 − g)·F where the router names vectors F (H, D) that stand in for heads that do not run."""
-        gates = router(call)[..., None].to(out.dtype)
+    def _routed(self, router: LayerRouter, call: HeadCall, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """g·O, or g·O + (1 − g)·F where the router names vectors F (H, D) that stand in for heads that do not run.
+
+        Where a kernel of ours pays, heads leave out the queries whose gate is 0; not where a transform makes the attention, nor
+        where a gate of 0 has a gradient (`gradient_at_zero` of the router).
+        """
+        gates, weights = router(call), None
+        wanted = self.transforms or getattr(router, "gradient_at_zero", False)
+        out = None if wanted else call.attend_served(q, gates)
+        if out is None:
+            out, weights = self._attend(call, q)
+            out = out * gates[..., None].to(out.dtype)
         fill = getattr(router, "fill", None)
         if fill is None:
-            return out * gates
-        return out * gates + (1 - gates) * fill[self.first_head : self.first_head + out.shape[2]].to(out.dtype)
+            return out, weights
+        rest = (1 - gates[..., None]).to(out.dtype)
+        return out + rest * fill[self.first_head : self.first_head + out.shape[2]].to(out.dtype), weights
 
     def _columns(self, q: Tensor, k: Tensor) -> tuple[int, int]:
         """(columns before the first query, column of the first key): a sliding cache lets old columns go, a static one is longer."""
@@ -183,7 +193,12 @@ class Site:
                 )
             call._start, call._start_known = call.start if layer.needs_start else layer.start, True
             call.past = layer.seen
-            if call.mask is not None and self.controller.says_nothing(call.mask, call._start, call.past):
+            stepping = cache is not None and cache.steps is not None  # then nobody reads the mask
+            if (
+                call.mask is not None
+                and not stepping
+                and self.controller.says_nothing(call.mask, call._start, call.past)
+            ):
                 call.mask = None  # the groups say the same, and kernels that take no mask may serve
             call.groups, _, call._start = layer.take(call._start, call)
             call.table = layer.table

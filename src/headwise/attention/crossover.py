@@ -7,17 +7,16 @@ note in the log says so.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from headwise import storage
 from headwise.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
@@ -56,10 +55,9 @@ class Crossover:
     def save(self, folder: Path | None = None) -> Path:
         """Write this table where `lookup` finds it, by default into the user's cache folder."""
         folder = user_folder() if folder is None else folder
-        folder.mkdir(parents=True, exist_ok=True)
         slug = "-".join(self.device.lower().split())
         path = folder / f"{slug}-{self.dtype}-{self.head_dim}.json"
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        storage.write_plain_json(path, asdict(self))
         lookup.cache_clear()
         return path
 
@@ -71,12 +69,9 @@ def user_folder() -> Path:
 
 def read(path: Path) -> Crossover:
     """One table. Raises ArtifactError."""
-    try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{str(path)!r} is no crossover table: {error}") from error
+    data = storage.read_plain_json(path)
     kinds = {f.name: (int if f.type == "int" else str) for f in fields(Crossover)}
-    if not isinstance(data, dict) or any(type(data.get(name)) is not kind for name, kind in kinds.items()):
+    if any(type(data.get(name)) is not kind for name, kind in kinds.items()):
         raise ArtifactError(f"{str(path)!r} is no crossover table: it must hold {', '.join(kinds)}")
     return Crossover(**{name: data[name] for name in kinds})
 

@@ -24,6 +24,7 @@ from headwise.cache import HeadwiseCache
 from headwise.checks import finite, whole
 from headwise.errors import ArtifactError, PlanError
 from headwise.plan import Budget, Full, HeadPlan, SinkWindow
+from headwise.progress import track
 
 ABOVE = 1.15  # points slower than the floor by this factor show what bytes cost; below, the host is what is waited for
 STREAM = SinkWindow(4, 60)
@@ -208,8 +209,6 @@ def step_time(
     >>> len(timed.points), timed.ms(0) < timed.ms(10**10)
     (4, True)
     """
-    from rich.progress import track
-
     stack, batches = find_stack(model), [whole("a batch", b, 1, PlanError) for b in batches]
     lengths = _lengths(stack, lengths)
     half = tuple(tuple(Full() if (i + l) % 2 else STREAM for i in range(stack.kv_heads)) for l in range(stack.layers))
@@ -223,7 +222,7 @@ def step_time(
     with attach(model, plan=plan, capture=capture), torch.no_grad():
         points = [
             _measured(model, stack, plan, b, t, whole("repeats", repeats, 1, PlanError), generator)
-            for b, t in (track(todo, description="decode steps") if progress else todo)
+            for b, t in track(todo, "decode steps", progress)
         ]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     labels = {"dtype": dtype, "head_dim": stack.head_dim, "fingerprint": fingerprint(model), "captured": capture}

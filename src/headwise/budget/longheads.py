@@ -171,7 +171,8 @@ class LongHeads:
                 raise PlanError(f"{sorted(options)} are not the options of LongHeads")
         if made_for is not None:
             made_for.require(fingerprint(model), "this LongHeads")
-        return longheads(model, **options)
+        with storage.decoding(path):
+            return longheads(model, **options)
 
     def __str__(self) -> str:
         return f"LongHeads: {self.chunks} chunks of {self.chunk} tokens a query, behind position {self.start}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 
 from headwise import registry
 from headwise.cli import bench, calibrate, circuit, edit, generated, papers, run, select_data, view
@@ -20,6 +21,8 @@ __all__ = ["app", "main"]
 INTRO = """Every attention head and expert of a transformer as an addressable unit.
 
 The way of the data: `score` the heads, `plan` their cache, `edit` or `convert` them; `generate` and `eval` take the files."""
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="headwise",
@@ -73,7 +76,7 @@ _assemble()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process: 0, 1 for a claim that does not hold, 2 for a mistake of the user.
 
-    An error that headwise raises on purpose is one red line; `HEADWISE_DEBUG=1` shows where it came from.
+    An error that headwise raises on purpose, a full disk or Ctrl-C (130) is one red line; `HEADWISE_DEBUG=1` shows where it came from.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import rich
@@ -81,7 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rich.reconfigure(stderr=True)  # progress bars and status lines; standard output is for results
     try:
         app(None if arguments is None else list(arguments))
-    except HeadwiseError as error:
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.secho("interrupted", fg="red", err=True)
+        raise
+    except (HeadwiseError, OSError, SafetensorError) as error:
         if os.environ.get("HEADWISE_DEBUG") == "1":
             raise
         typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)

@@ -45,12 +45,15 @@ def reproduce(
     record: Annotated[
         bool, typer.Option("--record", help="For maintainers: keep the run in the source tree, for the papers table.")
     ] = False,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Also write the checks, the numbers and their figures (HTML) here.")
+    ] = None,
     progress: common.Progress = None,
     json: common.Json = False,
 ) -> None:
     """Measure a paper's claim with this library. Exit code 1 if the numbers do not bear it out.
 
-    Example: headwise reproduce retrieval-head
+    Example: headwise reproduce retrieval-head --page retrieval.html
     """
     from headwise.errors import TaskError
     from headwise.papers import row
@@ -64,6 +67,10 @@ def reproduce(
     result = chosen.reproduce(scale, seed=seed, progress=common.show_progress(progress, json))
     if record:
         _keep(result.to_json(), record_file(chosen.slug, result.scale))
+    if page is not None:
+        from headwise.report.paper_page import paper_page
+
+        _keep(paper_page(chosen, result, seed=seed, progress=common.show_progress(progress, json)), page)
     numbers = [f"  {name:<40}{value:12.5g}" for name, value in result.metrics.items()]
     numbers += [f"  {name + ' (baseline)':<40}{value:12.5g}" for name, value in result.baselines.items()]
     checks = [f"  {'yes' if check not in result.failed() else 'NO ':<5}{check}" for check in result.checks]
@@ -76,7 +83,7 @@ def _keep(text: str, file: Path) -> None:
     from headwise.errors import ArtifactError
 
     try:
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise ArtifactError(f"the run cannot be kept in {file}: {error.strerror}") from error

@@ -105,7 +105,9 @@ def evaluate(
     tokenizer = common.tokenizer_of(model, tokenizer)
     shown = common.show_progress(progress, json)
     results: dict[str, Any] = {}
-    how = {"batch_size": batch_size, "progress": shown, "through": "cache" if plan else "one-forward"}
+    how: dict[str, Any] = {"batch_size": batch_size, "progress": shown, "through": "one-forward"}
+    if plan:  # given from outside, as generate gives it: what the model would make inside, LongHeads could not follow
+        how |= {"through": "cache", "cache": lambda: _cache_of(loaded)}
     writing = {"new_tokens": summary_tokens, "batch_size": batch_size, "progress": shown}
     summary = _Summary(loaded, tokenizer, prompts, length, seed, writing) if "summary" in tasks else None
     with common.attached(loaded, plan, edits, router):
@@ -198,6 +200,13 @@ def _recall(name: str, model: Any, tokenizer: Any, length: int, count: int, seed
     options: dict[str, Any] = {"count": count, "length": length, "generator": generator}
     made = make(tokenizer, **options) if make else make_ruler(tokenizer, name, **options)
     return exact_match(model, made, **how)
+
+
+def _cache_of(model: Any) -> Any:
+    """An empty cache of the kind that `generate` gives this model."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
 
 
 class _Perplexity(float):

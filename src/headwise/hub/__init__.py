@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import TaskError
-from . import scene_vlms, shipped
-from .smollm2 import cache_folder, smollm2_folder
-from .tiny import TINY_ARCHITECTURES, TINY_PREFIX, byte_tokenizer, tiny_model
+from headwise.errors import TaskError
+from headwise.hub import scene_vlms, shipped
+from headwise.hub._sizes import check_files, check_size
+from headwise.hub.smollm2 import cache_folder, smollm2_folder
+from headwise.hub.tiny import TINY_ARCHITECTURES, TINY_PREFIX, byte_tokenizer, tiny_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["available_models", "byte_tokenizer", "cache_folder", "load_model"]
 
+_NO_TOKENIZER = (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError)
 _UNSET_LENGTH = 10**12  # tokenizers without a limit report 1e30
 
 
@@ -120,7 +122,11 @@ def _from_pretrained(folder: str, name: str, dtype: Any, attn_implementation: st
 
     try:
         with _quiet():
+            if Path(folder).is_dir():
+                check_files(Path(folder))
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if Path(folder).is_dir():
+                check_size(Path(folder), config, _model_class(config))
             kwargs = {"dtype": dtype, "attn_implementation": attn_implementation}
             model = _model_class(config).from_pretrained(folder, config=config, **kwargs)
     except Exception as error:  # transformers, huggingface_hub and safetensors raise a dozen unrelated classes here
@@ -129,7 +135,7 @@ def _from_pretrained(folder: str, name: str, dtype: Any, attn_implementation: st
 
 
 def _advice(folder: str, name: str, error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = _first_line(error)
     if name == "smollm2":
         return f"the converted copy of smollm2 in {folder} does not load ({first}); delete that folder and try again"
     if Path(folder).is_dir():
@@ -138,6 +144,10 @@ def _advice(folder: str, name: str, error: Exception) -> str:
         f"cannot load {name!r} from the hub or its local cache: {first} Without a network, download it elsewhere "
         f"(`hf download {name} --local-dir DIR`) and give the folder, or use a bundled name such as 'smollm2'"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _model_class(config: PreTrainedConfig) -> Any:
@@ -156,8 +166,10 @@ def _tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
-        return None  # vision models, and folders saved without a tokenizer
+    except Exception as error:  # the tokenizers package raises plain Exception for a damaged file
+        if isinstance(error, _NO_TOKENIZER) and not (Path(folder) / "tokenizer.json").exists():
+            return None  # vision models, and folders saved without a tokenizer
+        raise TaskError(f"the tokenizer in {folder} does not load: {_first_line(error)}") from error
 
 
 def _settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import TaskError
+from headwise.errors import TaskError
 
 FOLDER = Path(__file__).parent.parent / "models" / "weights"
 LINES = {

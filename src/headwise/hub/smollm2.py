@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import TaskError
+from headwise.errors import TaskError
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FOLDER = "smollm2-v1"  # a new number whenever the conversion changes: old copies are then left alone
@@ -83,7 +83,7 @@ def _convert(source: Path, target: Path) -> None:
     """De-quantises to float32, rounds to bfloat16, saves model and tokenizer to `target`."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from . import _quiet
+    from headwise.hub import _quiet
 
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)

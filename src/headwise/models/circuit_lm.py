@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headwise.modes import evaluating
 from headwise.tasks.colored_objects import make_colored_objects
 from headwise.tasks.ioi import make_ioi
 from headwise.tasks.multiple_choice import make_multiple_choice
@@ -63,14 +64,13 @@ def probes(tokenizer: PreTrainedTokenizerBase, *, count: int = 128, seed: int = 
 @torch.no_grad()
 def accuracies(model: Any, prompts: dict[str, PromptPairs]) -> dict[str, float]:
     """Share of prompts whose right answer has the largest logit of the whole vocabulary, task by task; the model comes back in its mode."""
-    was, found = model.training, {}
-    model.eval()
-    for name, pairs in prompts.items():
-        pairs = pairs.to(model.device)
-        mask = pairs.mask.long()
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        given = {"input_ids": pairs.ids, "attention_mask": mask, "position_ids": places}
-        logits = model(**given, use_cache=False, logits_to_keep=1).logits[:, -1]
-        found[name] = float((logits.argmax(-1) == pairs.answers).float().mean())
-    model.train(was)
+    found = {}
+    with evaluating(model):
+        for name, pairs in prompts.items():
+            pairs = pairs.to(model.device)
+            mask = pairs.mask.long()
+            places = (mask.cumsum(1) - 1).clamp(min=0)
+            given = {"input_ids": pairs.ids, "attention_mask": mask, "position_ids": places}
+            logits = model(**given, use_cache=False, logits_to_keep=1).logits[:, -1]
+            found[name] = float((logits.argmax(-1) == pairs.answers).float().mean())
     return found

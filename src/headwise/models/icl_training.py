@@ -5,7 +5,6 @@ Letters: S seeds, H heads, T tasks, n = d + T, R records.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from headwise.checks import finite, whole
 from headwise.errors import TaskError
 from headwise.models.icl_regression import Circuits, RegressionModel, Weights, circuit_forward
+from headwise.progress import track
 from headwise.tasks.regression import Regression
 
 
@@ -105,7 +105,7 @@ def train_regression(
     schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
     generator = torch.Generator(device).manual_seed(seed + 1)
     kept: list[tuple[int, Circuits]] = []
-    for step in _track(range(steps + 1), progress):
+    for step in track(range(steps + 1), "regression", progress):
         circuits = weights.circuits()
         if step % record == 0 or step == steps:
             kept.append((step, Circuits(*(c.detach().cpu() for c in circuits))))
@@ -134,12 +134,3 @@ def _start(task: Regression, heads: int, seeds: int, seed: int, device: Any) -> 
 
     q, k, v = (uniform(seeds, heads, n, n, fan_in=n) for _ in range(3))
     return Weights(q, k, v, uniform(seeds, task.tasks, heads, n, fan_in=heads * n))
-
-
-def _track(steps: Any, progress: bool) -> Any:
-    if not progress:
-        return steps
-    track: Callable[..., Any]
-    from rich.progress import track
-
-    return track(steps, description="regression")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from headwise import storage
@@ -122,18 +121,20 @@ def _restore(
 ) -> int:
     """The first step that is still to do."""
     for step, path in sorted(checkpoints(run.folder).items(), reverse=True) if run.resume else ():
-        if not storage.holds_kind(path, KIND):  # cut short by a crash: the one before it is whole
+        try:
+            tensors, _ = storage.read_tensors(path, KIND, 1, None)
+        except ArtifactError:  # damaged, or cut short: the one before it may be whole
             continue
-        tensors = load_file(path)
         device = next(model.parameters()).device
         try:
             model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
         except RuntimeError as error:
             raise ArtifactError(f"{path}: is a checkpoint of another model ({str(error).splitlines()[0]})") from error
-        for number, one in enumerate(optimizers):
-            one.load_state_dict({**one.state_dict(), "state": _states(tensors, number)})
-        generator.set_state(tensors["generator"])
-        losses += list(tensors["losses"].to(device))
+        with storage.decoding(path):
+            for number, one in enumerate(optimizers):
+                one.load_state_dict({**one.state_dict(), "state": _states(tensors, number)})
+            generator.set_state(tensors["generator"])
+            losses += list(tensors["losses"].to(device))
         return step
     return 0
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from headwise.attach import attach
+from headwise.progress import track
 from headwise.route import HeadLoad, HeadRouter, LayerRoute, RouterConfig
 from headwise.tasks.dialects import Dialects, make_dialects
 
@@ -25,7 +26,7 @@ RUNS: Mapping[str, tuple[int, int, float] | None] = {  # shared heads, routed he
 def measure_dialects(*, steps: int = 200, seed: int = 0, progress: bool = False) -> dict[str, float]:
     """Held-out loss of each run; balance and head-load distances of the routed ones. All see the same data from the same start."""
     found: dict[str, float] = {}
-    for name, shape in _track(RUNS, progress):
+    for name, shape in track(RUNS.items(), "dialects", progress):
         model = small_model(seed)
         router = None if shape is None else _router(*RUNS[name], seed=seed)  # type: ignore[misc]
         handle = None if router is None else attach(model, router=router)
@@ -103,11 +104,3 @@ def _load(model: Any, router: HeadRouter, data: Dialects, seed: int) -> dict[str
 def _mean_distance(load: HeadLoad) -> float:
     pairs = list(combinations(sorted(load.tokens), 2))
     return sum(load.distance(a, b) for a, b in pairs) / len(pairs)
-
-
-def _track(runs: Mapping[str, Any], progress: bool) -> Any:
-    if not progress:
-        return runs.items()
-    from rich.progress import track
-
-    return track(list(runs.items()), description="dialects")

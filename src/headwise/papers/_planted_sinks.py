@@ -57,7 +57,8 @@ class PlantedSinks:
 
     def _plant(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x = kwargs["inputs_embeds"]
-        if x.shape[1] > 1 and x.shape[0] == len(self.columns):  # a prompt, not a token that is decoded
+        pictured = x.shape[1] > int(self.columns.max())  # a prompt with its picture, no token that is decoded
+        if pictured and x.shape[0] == len(self.columns):
             x = x.clone()
             rows = torch.arange(x.shape[0], device=x.device)[:, None]
             for dim, size in zip(self.dims, (SIZE, SIZE / 2), strict=True):

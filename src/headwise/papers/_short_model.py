@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from headwise.progress import track
+
 
 @dataclass(frozen=True)
 class ShortTask:
@@ -61,7 +63,6 @@ def trained_model(
 
     Its config allows longer texts, so that nothing but its training limits it. Warm-up over a tenth, then cosine decay; AdamW.
     """
-    from rich.progress import track
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -83,7 +84,7 @@ def trained_model(
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda k: min(1.0, (k + 1) / warm) * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * k / steps))))
     )
-    for _ in track(range(steps), description="training", disable=not progress):
+    for _ in track(range(steps), "training", progress):
         ids, wanted = (x.to(device) for x in task.training_rows(batch, generator))
         logits = model(ids[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits[wanted[:, 1:]], ids[:, 1:][wanted[:, 1:]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,10 @@ import torch
 import headwise
 from headwise.errors import HeadwiseError
 from headwise.hub import load_model
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
+from headwise.progress import track
 from headwise.score._selecting import Scored, rank_statistics, select_by_tokens
 from headwise.tasks import code, english, exact_match, make_keyvalues, stories
 from headwise.tasks.texts import encode
@@ -46,22 +47,10 @@ CHECKS = (
 )
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on smollm2. "cpu": 53 documents of 224 tokens, about 4 minutes of one core. "gpu": more of everything."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    device = "cuda" if scale == "gpu" else "cpu"
-    metrics, baselines = measure(device=device, seed=seed, progress=progress, **SIZES[scale])
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(device=device_of(scale), seed=seed, progress=progress, **SIZES[scale])
 
 
 def measure(
@@ -93,7 +82,7 @@ def measure(
     scorer = headwise.score.InfluenceScorer(model, tokenizer, heads, controls=random, context=tokens, min_tokens=16)
     ids = {kind: [_ids(tokenizer, text, tokens) for text in members] for kind, members in corpus.items()}
     flat = [document for members in ids.values() for document in members]
-    found = list(scorer.score(_bar(flat, progress)))
+    found = list(scorer.score(track(flat, "documents", progress)))
     by_kind, at = {}, 0
     for kind, members in ids.items():
         by_kind[kind] = found[at : at + len(members)]
@@ -186,11 +175,3 @@ def _selected(by_kind: dict[str, list[Any]]) -> dict[str, float]:
     keep = select_by_tokens(rows, 0.3).keep
     kept = sum(flat[i][0] == "stories" for i in keep)
     return {"stories_among_selected": kept / max(1, len(keep)), "documents_selected": float(len(keep))}
-
-
-def _bar(items: list[Any], progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="documents")

@@ -8,17 +8,15 @@ them a dense model and a mixture of four copies of it, which see as many tokens 
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from headwise.errors import HeadwiseError
 from headwise.papers._bam_domains import DOMAINS, Size, held_out, small_parallel_lm, train
+from headwise.papers._run import Measured, mean_of, reproduces
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
+from headwise.progress import track
 from headwise.route._bam_model import soup
 from headwise.route.bam import bam as mix
 
@@ -45,7 +43,7 @@ SCALES = {
     "cpu": Scale(),
     "gpu": Scale(
         size=Size(
-            width=384, layers=6, heads=6, hidden=768, seed_steps=1500, branch_steps=300, mix_steps=200, batch=24,
+            width=384, layers=6, heads=6, hidden=768, seed_steps=500, branch_steps=100, mix_steps=80, batch=24,
             length=256, rate=1e-3,
         ),
         device="cuda",
@@ -65,20 +63,17 @@ CHECKS = (
 )
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim with three seeds. "cpu": 2 layers of width 64 on 1024 bytes a step; "gpu": 6 layers of width 384."""
-    if scale not in SCALES:
-        raise HeadwiseError(f"scale is {scale!r}; it must be 'cpu' or 'gpu'")
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    started, chosen = time.monotonic(), SCALES[scale]
-    rows = [measure(seed + turn, chosen) for turn in _track(chosen.seeds, progress)]
-    numbers = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    chosen = SCALES[scale]
+    rows = [measure(seed + turn, chosen) for turn in track(range(chosen.seeds), "seeds", progress)]
+    numbers = mean_of(rows)
     spread = [row["loss_btx"] - row["loss_bam"] for row in rows]
     metrics = {name: value for name, value in numbers.items() if not name.endswith(BASELINES)}
     metrics |= {"gain_over_btx_least": min(spread), "gain_over_btx_most": max(spread)}
     baselines = {name: value for name, value in numbers.items() if name.endswith(BASELINES)}
-    return Reproduction(PAPER.slug, PAPER.claim, scale, metrics, baselines, CHECKS, time.monotonic() - started)
+    return metrics, baselines
 
 
 def measure(seed: int, scale: Scale) -> dict[str, float]:
@@ -114,11 +109,3 @@ def mixtures(sources: list[Any], dense: Any, seed: int) -> dict[str, Callable[[]
         "soup": lambda: soup(sources),
         "dense": lambda: copy.deepcopy(dense),
     }
-
-
-def _track(count: int, progress: bool) -> Iterable[int]:
-    if not progress:
-        return range(count)
-    from rich.progress import track
-
-    return track(range(count), description="seeds")

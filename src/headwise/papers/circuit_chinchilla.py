@@ -1,8 +1,11 @@
-"""Paper 19, circuit analysis at scale (Lieberum et al. 2023, arXiv 2307.09458): multiple choice on smollm2 instead of Chinchilla 70B."""
+"""Paper 19, circuit analysis at scale (Lieberum et al. 2023, arXiv 2307.09458): multiple choice on two small models, not Chinchilla 70B.
+
+smollm2 answers where the label stands behind its word, so that it can be copied; circuit-lm (names with `trained_`) was trained on
+questions in the paper's form too, the label before its word. The same checks are asked of both.
+"""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -10,10 +13,11 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.hub import load_model
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
 from headwise.score import LetterSpace, Quiz, Resample, label_pattern, letter_effects, letter_space
-from headwise.tasks.multiple_choice import make_multiple_choice
+from headwise.tasks.multiple_choice import Form, make_multiple_choice
 from headwise.tasks.pairs import PromptPairs
 from headwise.units import HeadScores, HeadSet
 
@@ -30,7 +34,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"seeds": 3, "fit": 12, "tests": 16, "draws": 3},
     "gpu": {"seeds": 5, "fit": 64, "tests": 128, "draws": 10},
 }
-CHECKS = (
+TRAINED: dict[str, dict[str, Any]] = {
+    "cpu": {"seeds": 3, "fit": 48, "tests": 64, "draws": 5},
+    "gpu": {"seeds": 5, "fit": 256, "tests": 512, "draws": 20},
+}
+SMOLLM2_CHECKS = (
     Check("labels are answered, chance is 0.25", "accuracy_letters", ">=", 0.5),
     Check("correct-letter heads in every seed", "letter_heads_fewest", ">=", 1),
     Check("few heads hold 80 % of the direct effect", "output_nodes_share", "<=", 0.25),
@@ -42,29 +50,51 @@ CHECKS = (
     Check("also with random labels", "moved_random", ">", "unmoved_random"),
     Check("less well than with letters", "moved_random", "<", "moved_letters"),
 )
+PREFIX = "trained_"
+CHECKS = SMOLLM2_CHECKS + tuple(
+    Check(
+        f"circuit-lm, {c.name}",
+        f"{PREFIX}{c.left}",
+        c.op,
+        f"{PREFIX}{c.right}" if isinstance(c.right, str) else c.right,
+    )
+    for c in SMOLLM2_CHECKS
+)
 PUBLISHED = {"published_rank": 3.0, "published_output_heads_share": 32 / 5120}
 """Chinchilla 70B: 3 of 128 dimensions; 32 of 80 · 64 heads (and 13 MLPs) are output nodes, as a review states it."""
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
-    """Measure the claim on smollm2. "cpu": 12 prompts to find heads and axes, 16 others to test, 3 seeds, minutes."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    metrics, baselines = measure(device="cuda" if scale == "gpu" else "cpu", seed=seed, **SIZES[scale])
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines | PUBLISHED,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
+@reproduces(PAPER, CHECKS, PUBLISHED)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
+    """Measure the claim on smollm2 and circuit-lm. "cpu": 12 and 48 prompts to find heads and axes, 16 and 64 others to test, 3 seeds."""
+    device = device_of(scale)
+    found = measure(device=device, seed=seed, **SIZES[scale])
+    second = measure(model_name="circuit-lm", form="question", device=device, seed=seed, **TRAINED[scale])
+    metrics, baselines = (
+        one | {PREFIX + name: value for name, value in other.items()} for one, other in zip(found, second, strict=True)
     )
+    return metrics, baselines
+
+
+def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
+    """The chapters of `reproduce --page`, on circuit-lm: effects of all heads, what the letter heads look at, how many dimensions count."""
+    from headwise.report.chapters.circuits import letters
+
+    model, tokenizer = load_model("circuit-lm")
+    pairs = make_multiple_choice(tokenizer, count=32, form="question", seed=seed)
+    return letters(result, model, pairs, name="circuit-lm", prefix=PREFIX)
 
 
 def measure(
-    *, seeds: int, fit: int, tests: int, draws: int, device: str = "cpu", seed: int = 0, model_name: str = "smollm2"
+    *,
+    seeds: int,
+    fit: int,
+    tests: int,
+    draws: int,
+    device: str = "cpu",
+    seed: int = 0,
+    model_name: str = "smollm2",
+    form: Form = "recall",
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(metrics, baselines), each the mean over seeds; a seed draws its own prompts, to find and to test, and its own random heads."""
     model, tokenizer = load_model(model_name, device=device)
@@ -72,7 +102,7 @@ def measure(
         raise HeadwiseError(f"{model_name!r} has no tokenizer; multiple choice is made of words")
 
     def prompts(count: int, at: int, labels: Any = "letters") -> PromptPairs:
-        return make_multiple_choice(tokenizer, count=count, labels=labels, seed=at)
+        return make_multiple_choice(tokenizer, count=count, labels=labels, form=form, seed=at)
 
     rows = [_one_seed(model, prompts, seed + i, fit, tests, draws) for i in range(seeds)]
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

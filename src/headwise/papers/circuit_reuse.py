@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from headwise.attach.ablate import ablate
 from headwise.attach.set_pattern import SetPattern
 from headwise.errors import HeadwiseError
 from headwise.hub import load_model
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
 from headwise.score import find_circuit
@@ -47,21 +47,18 @@ PUBLISHED = {"published_shared_of_circuit": 0.78, "published_accuracy_before": 0
 """GPT-2 medium (abstract); the share is of in-circuit heads."""
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS, PUBLISHED)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on smollm2. "cpu": 6 pairs a circuit, 24 questions, 3 seeds, about two minutes."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    metrics, baselines = measure(device="cuda" if scale == "gpu" else "cpu", seed=seed, **SIZES[scale])
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines | PUBLISHED,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(device=device_of(scale), seed=seed, **SIZES[scale])
+
+
+def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
+    """The chapters of `reproduce --page`: both circuits, the repair, and what patching says of the first task."""
+    from headwise.report.chapters.circuits import reuse
+
+    model, tokenizer = load_model("smollm2")
+    return reuse(result, model, tokenizer, name="smollm2", seed=seed)
 
 
 def measure(

@@ -6,7 +6,6 @@ Their routing of one fixed text is compared from checkpoint to checkpoint, and w
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.errors import HeadwiseError
+from headwise.papers._run import Measured, reproduces
 from headwise.papers._small_lm import Size, batches, corrupted, held_out_loss, mixture_lm, train
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
+from headwise.progress import track
 from headwise.route import Graph, Router, Rule, SoftmaxTopK, fluctuation_curve, routing_agreement, routing_entropy
 
 PAPER = Paper(
@@ -50,13 +50,13 @@ SCALES = {
             heads=6,
             hidden=512,
             experts=16,
-            steps=800,
+            steps=250,
             batch=32,
             length=256,
             rate=1e-3,
             text="code",
         ),
-        every=20,
+        every=8,
         device="cuda",
     ),
 }
@@ -82,16 +82,13 @@ CHECKS = (
 )
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim with three seeds. "cpu": 2-layer models of width 64; "gpu": 6 layers of width 384, 16 experts."""
-    if scale not in SCALES:
-        raise HeadwiseError(f"scale is {scale!r}; it must be 'cpu' or 'gpu'")
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    started, size = time.monotonic(), SCALES[scale]
+    size = SCALES[scale]
     jobs = [(name, seed + turn) for turn in range(size.seeds) for name in ROUTERS]
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ROUTERS}
-    for name, turn in _track(jobs, progress):
+    for name, turn in track(jobs, "models", progress):
         rows[name].append(measure(name, turn, size))
     metrics = {"damping_error": damping_error(seed)}
     baselines: dict[str, float] = {}
@@ -101,7 +98,7 @@ def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> R
             (baselines if name in CONTROLS else metrics)[f"{what}_{name}"] = value
     baselines["four_fifths_of_plain"] = 0.8 * baselines["fluctuation_plain"]
     baselines["loss_plain_and_1_percent"] = 1.01 * baselines["loss_plain"]
-    return Reproduction(PAPER.slug, PAPER.claim, scale, metrics, baselines, CHECKS, time.monotonic() - started)
+    return metrics, baselines
 
 
 def measure(name: str, seed: int, scale: Scale) -> dict[str, float]:
@@ -162,11 +159,3 @@ def damping_error(seed: int, *, tokens: int = 32, draws: int = 2000) -> float:
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
-
-
-def _track(jobs: list[tuple[str, int]], progress: bool) -> Iterable[tuple[str, int]]:
-    if not progress:
-        return jobs
-    from rich.progress import track
-
-    return track(jobs, description="models")

@@ -6,7 +6,6 @@ A small rectified flow is trained on drawn shapes and left imperfect on purpose;
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from headwise.attach import find_stack
-from headwise.errors import HeadwiseError
 from headwise.models.flow_dit import dit_velocity, flow_dit
 from headwise.models.flow_vit import Velocity, flow_vit, train_flow
 from headwise.papers._flow_metrics import Frechet, right_class, train_classifier
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
 from headwise.steer import FlowSampler, Hunt, hunt
@@ -33,6 +32,8 @@ PAPER = Paper(
     "the best whole layer of as many heads and than random sets, and a part of the way (u < 1) leaves better pictures than all of it",
 )
 SOFT = (0.25, 0.5, 0.75)
+_LAST: list[Any] = []
+"""The first trial of this process's last run and its search, for the page."""
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {
         "flow": {"size": 16, "patch": 4, "width": 64, "layers": 4, "heads": 4}, "train": 1000, "classify": 300, "pictures": 4096,
@@ -54,23 +55,20 @@ CHECKS = (
 )
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Train, search and judge. "cpu": 16 heads, about 3 minutes on two cores. "gpu": 64 heads of diffusers' DiT class."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    metrics, baselines = measure(
-        device="cuda" if scale == "gpu" else "cpu", seed=seed, progress=progress, **SIZES[scale]
-    )
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(device=device_of(scale), seed=seed, progress=progress, **SIZES[scale])
+
+
+def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
+    """The chapters of `reproduce --page`: the first search's heads, and what it draws from unseen noise; measured anew where no run was."""
+    from headwise.report.guidance import guidance_section
+
+    if not _LAST:
+        measure(device=device_of(result.scale), seed=seed, progress=progress, **SIZES[result.scale])
+    trial, found = _LAST
+    return [guidance_section(found, trial.shown(found), columns=16)]
 
 
 def measure(
@@ -120,15 +118,20 @@ def judge(
     with torch.no_grad():
         right = classifier(fresh.pixels.to(device)).argmax(-1).cpu() == fresh.labels
     frechet = Frechet(pixels)
-    rows = [
-        _Trial(model, velocity, classifier, frechet, data, number, device, progress, **search).run()
-        for number in range(seed, seed + seeds)
-    ]
+    rows = []
+    for number in range(seed, seed + seeds):
+        trial = _Trial(model, velocity, classifier, frechet, data, number, device, progress, **search)
+        row, found = trial.run()
+        rows.append(row)
+        if number == seed:
+            _LAST[:] = [trial, found]
     mean = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
     kept = {"objective_plain", "objective_layer", "objective_random", "objective_cfg"}
     kept |= {"frechet_plain", "frechet_layer", "frechet_random", "frechet_cfg", "frechet_hard"}
     metrics = {name: value for name, value in mean.items() if name not in kept}
     metrics |= {
+        # of the means: a search that gains next to nothing would decide a mean of shares
+        "share_kept": mean["gain_whole"] / mean["gain_searched"] if mean["gain_searched"] > 0 else float("nan"),
         "classifier_accuracy": float(right.float().mean()),
         "worst_set_over_layer": min(row["set_over_layer"] for row in rows),
         "searches": float(seeds),
@@ -160,7 +163,8 @@ class _Trial:
         )
         return sampler, right_class(classifier, labels)
 
-    def run(self) -> dict[str, float]:
+    def run(self) -> tuple[dict[str, float], Hunt]:
+        """(numbers, the search)."""
         like = Perturbation(heads=HeadSet.empty(), u=self.u)
         found = hunt(
             self.model, self.search, self.search_objective, k=self.k, rounds=self.rounds, like=like, batch=self.batch,
@@ -177,7 +181,7 @@ class _Trial:
         gains = [b - a for a, b in zip((found.baseline, *found.best), found.best, strict=False)]
         plain_score, best_score = self._mean(plain), rows["objective_set"]
         whole = self._mean(self._pictures([found.heads()], self.u)[0])
-        return rows | {
+        rows |= {
             "objective_plain": plain_score,
             "frechet_plain": self.frechet(plain),
             "objective_cfg": self._mean(cfg),
@@ -186,9 +190,23 @@ class _Trial:
             "set_over_layer": best_score - rows["objective_layer"],
             "set_over_random": best_score - rows["objective_random"],
             "gain_searched": searched,
-            "share_kept": (whole - plain_score) / searched if searched > 0 else float("nan"),
+            "gain_whole": whole - plain_score,
             "least_gain_of_a_round": min(gains),
         }
+        return rows, found
+
+    @torch.no_grad()
+    def shown(self, found: Hunt, count: int = 32) -> dict[str, Tensor]:
+        """Pictures (count, 1, S, S) from the same unseen noise without guidance, and under several."""
+        heads = self.stack.heads
+        layer = HeadSet.of([(found.order[0][0], h) for h in range(heads)])
+        few = found.heads(min(heads, len(found.order)))
+        pictures = {"no guidance": self.test(None)[0], f"searched set of {len(few)}": self._pictures([few], self.u)[0]}
+        pictures |= {"the same, half the way": self._pictures([few], 0.5)[0]}
+        pictures |= {f"all heads of layer {found.order[0][0]}": self._pictures([layer], self.u)[0]}
+        pictures |= {"a random set": self._pictures([self._random(found, len(few))], self.u)[0]}
+        pictures |= {"classifier-free guidance": self._cfg()}
+        return {name: one[:count].cpu() for name, one in pictures.items()}
 
     def _random(self, found: Hunt, count: int) -> HeadSet:
         return found.heads(count).random_control(self.stack.layers, self.stack.heads, generator=self.generator)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headwise import ablate
-from headwise.errors import HeadwiseError
 from headwise.models.icl_regression import Circuits, circuit_forward
 from headwise.models.icl_theory import (
     attention_predictor,
@@ -20,8 +18,9 @@ from headwise.models.icl_theory import (
     single_head_optimum,
 )
 from headwise.models.icl_training import RegressionRun, train_regression
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
 from headwise.score.icl_regression import patterns, share_in_powers, superposition
 from headwise.tasks.regression import Regression
 
@@ -64,22 +63,10 @@ CHECKS = (
 )
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Train and measure. "cpu": 3 seeds of 3500 steps, 1-3 minutes. "gpu": 8 seeds of 20 000 steps."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    device = "cuda" if scale == "gpu" else "cpu"
-    metrics, baselines = measure(device=device, seed=seed, progress=progress, **SIZES[scale])
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(device=device_of(scale), seed=seed, progress=progress, **SIZES[scale])
 
 
 def measure(

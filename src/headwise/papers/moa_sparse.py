@@ -17,8 +17,9 @@ from headwise.budget.moa import moa
 from headwise.budget.moa_influence import moa_influence
 from headwise.errors import HeadwiseError
 from headwise.hub import load_model
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
 from headwise.plan import HeadPlan, Pattern, SinkWindow
 from headwise.tasks import Prompt, english, even_depths, exact_match, make_passkey, window_losses
 from headwise.tasks.texts import encode
@@ -43,24 +44,13 @@ CHECKS = (
 )
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on smollm2. "cpu": profile at 512 and 1024, 6 passkeys a plan, about 3 minutes on two quiet cores; "gpu": more."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
     sizes: dict[str, Any] = {"lengths": (512, 1024), "samples": 2, "prompts": 6, "beyond": 2, "windows": 2}
     if scale == "gpu":
         sizes = {"lengths": (512, 1024, 2048), "samples": 8, "prompts": 40, "beyond": 20, "windows": 8}
-    metrics, baselines = measure(device="cuda" if scale == "gpu" else "cpu", seed=seed, progress=progress, **sizes)
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(device=device_of(scale), seed=seed, progress=progress, **sizes)
 
 
 def measure(

@@ -7,18 +7,18 @@ and with eight experts under different routers, on the same tokens.
 from __future__ import annotations
 
 import multiprocessing
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
-from headwise.errors import HeadwiseError
 from headwise.papers._moe_clusters import measure_clusters
+from headwise.papers._run import Measured, mean_of, reproduces
 from headwise.papers._small_lm import BYTES, Size, held_out_loss, mixture_lm, small_lm, train
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
+from headwise.progress import track
 from headwise.route import Cosine, Hash, NoisyTopK, Rule, SigmoidTopK, SoftmaxTopK
 
 PAPER = Paper(
@@ -44,7 +44,7 @@ class Scale:
 SCALES = {
     "cpu": Scale(),
     "gpu": Scale(
-        size=Size(width=384, layers=6, heads=6, hidden=512, steps=600, batch=32, length=256, rate=1e-3, text="code"),
+        size=Size(width=384, layers=6, heads=6, hidden=512, steps=200, batch=32, length=256, rate=1e-3, text="code"),
         device="cuda",
     ),
 }
@@ -73,29 +73,26 @@ LEARNED = ("topk", "sigmoid", "noisy", "cosine")
 CONTROLS = ("hash", "unbalanced", "dense", "wide")
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim with three seeds. "cpu": 2-layer models of width 64; "gpu": 6 layers of width 384."""
-    if scale not in SCALES:
-        raise HeadwiseError(f"scale is {scale!r}; it must be 'cpu' or 'gpu'")
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    started, size = time.monotonic(), SCALES[scale]
+    size = SCALES[scale]
     seeds = range(seed, seed + size.seeds)
     if size.device == "cpu":
-        clusters = [measure_clusters(s, size.cluster_steps) for s in _track(seeds, progress, "clusters")]
-        models = [measure_models(s, size) for s in _track(seeds, progress, "language models")]
+        clusters = [measure_clusters(s, size.cluster_steps) for s in track(seeds, "clusters", progress)]
+        models = [measure_models(s, size) for s in track(seeds, "language models", progress)]
     else:  # clusters are measured on the CPU meanwhile, as everywhere
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(size.seeds, spawn, torch.set_num_threads, (1,)) as pool:
             jobs = [pool.submit(measure_clusters, s, size.cluster_steps) for s in seeds]
-            models = [measure_models(s, size) for s in _track(seeds, progress, "language models")]
+            models = [measure_models(s, size) for s in track(seeds, "language models", progress)]
             clusters = [job.result() for job in jobs]
     numbers = mean_of(clusters) | mean_of(models)
     learned = [numbers[f"loss_{name}"] for name in LEARNED]
     numbers |= {"spread_learned": max(learned) / min(learned) - 1}
     control = {name: value for name, value in numbers.items() if any(name.endswith(f"_{c}") for c in CONTROLS)}
     metrics = {name: value for name, value in numbers.items() if name not in control}
-    return Reproduction(PAPER.slug, PAPER.claim, scale, metrics, control, CHECKS, time.monotonic() - started)
+    return metrics, control
 
 
 def measure_models(seed: int, scale: Scale, names: Iterable[str] = tuple(ROUTERS)) -> dict[str, float]:
@@ -115,17 +112,3 @@ def measure_models(seed: int, scale: Scale, names: Iterable[str] = tuple(ROUTERS
         for what in ("violation", "entropy"):
             found[f"{what}_{name}"] = sum(row[what] for row in numbers) / len(numbers)
     return found
-
-
-def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each number over seeds; what a seed lacks is an error."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
-def _track(seeds: Iterable[int], progress: bool, what: str) -> Iterator[int]:
-    if not progress:
-        yield from seeds
-        return
-    from rich.progress import track
-
-    yield from track(list(seeds), description=what)

@@ -6,19 +6,17 @@ scratch on dialects.
 """
 
 import math
-import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from headwise.errors import HeadwiseError
 from headwise.hub import load_model
 from headwise.papers._moh_conversion import Texts, attached, convert, measure_conversion
 from headwise.papers._moh_dialects import measure_dialects
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
 from headwise.route import HeadRouter
 from headwise.route._fit_steps import FitRecipe, fit_heads
 from headwise.route._train import Recipe, train_lm
@@ -99,15 +97,12 @@ CHECKS = (
 )
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim. "cpu": smollm2, one fit, and 10 steps of training, some 8 minutes of CPU time. "gpu": 200 steps of 8192 tokens
     each for the dense model and three conversions."""
-    if scale not in SCALES:
-        raise HeadwiseError(f"scale is {scale!r}; it must be 'cpu' or 'gpu'")
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    started, size = time.monotonic(), SCALES[scale]
-    device = "cuda" if scale == "gpu" else "cpu"
+    size = SCALES[scale]
+    device = device_of(scale)
     metrics, baselines = measure_conversion("smollm2", size, device=device, seed=seed, progress=progress)
     trained, dense = measure_recovery("smollm2", size, device=device, seed=seed, progress=progress)
     metrics, baselines = metrics | trained, baselines | dense
@@ -119,8 +114,7 @@ def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> R
         (baselines if any(word in name for word in control) else metrics)[name] = value
     for rule in size.rules:
         metrics[f"gap_closed_{rule}"] = gap_closed(metrics, baselines, rule)
-    seconds = time.monotonic() - started
-    return Reproduction(PAPER.slug, PAPER.claim, scale, metrics, baselines, CHECKS, seconds)
+    return metrics, baselines
 
 
 # a short training

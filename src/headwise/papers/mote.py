@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import headwise
-from headwise.errors import HeadwiseError
 from headwise.papers import _mote_model as recipe
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
+from headwise.progress import track
 
 PAPER = Paper(
     slug="mote",
@@ -45,22 +45,10 @@ CHECKS = (
 PUBLISHED = {"published_drop_top_10": 0.52, "published_drop_random_10": 0.09, "published_share_of_experts": 10 / 14848}
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS, PUBLISHED)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Train the model with three seeds, find the experts on half of the prompts, switch them off on the other half."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    device = "cuda" if scale == "gpu" else "cpu"
-    metrics, baselines = measure(device=device, seed=seed, progress=progress, **SIZES[scale])
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines | PUBLISHED,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(device=device_of(scale), seed=seed, progress=progress, **SIZES[scale])
 
 
 def measure(
@@ -76,7 +64,7 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(metrics, baselines), means over the seeds."""
     runs = []
-    for number in _bar(range(seeds), progress):
+    for number in track(range(seeds), "models trained and tuned", progress):
         trained = train(seed + number, stages, batch, device, **model)
         runs.append(run(trained, draws, seed + number))
     names = {side: list(runs[0][side]) for side in (0, 1)}
@@ -150,11 +138,3 @@ def _forced(model: Any, scores: Any, fresh: recipe.Prompts) -> dict[str, float]:
     with headwise.attach(model, edits=headwise.ExpertEdits.force(scores.top(1), floor=0.5)):
         after = recipe.refused(recipe.answers(model, neutral)).double().mean()
     return {"refused_neutral_intact": float(before), "refused_neutral_forced": float(after)}
-
-
-def _bar(items: Any, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="models trained and tuned")

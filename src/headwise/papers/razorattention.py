@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,8 +12,9 @@ from torch import Tensor
 import headwise
 from headwise.errors import HeadwiseError
 from headwise.hub import load_model
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
 from headwise.plan import HeadPlan
 from headwise.tasks import Prompt, english, even_depths, exact_match, make_passkey
 from headwise.tasks.texts import encode
@@ -43,24 +43,15 @@ CHECKS = (
 )
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on smollm2. "cpu": 5 passkeys, 12 texts, 3-4 minutes on two cores. "gpu": 40 passkeys, 24 texts."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
     sizes: dict[str, Any] = (
-        {"prompts": 5, "texts": 12, "draws": 2} if scale == "cpu" else {"prompts": 40, "texts": 24, "draws": 5}
+        {"prompts": 5, "texts": 12, "draws": 2}
+        if scale == "cpu"
+        else {"prompts": 40, "texts": 24, "draws": 5, "batch_size": 8}
     )
-    metrics, baselines = measure(device="cuda" if scale == "gpu" else "cpu", seed=seed, progress=progress, **sizes)
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(device=device_of(scale), seed=seed, progress=progress, **sizes)
 
 
 def measure(
@@ -70,6 +61,7 @@ def measure(
     texts: int,
     draws: int,
     length: int = 1024,
+    batch_size: int = 1,
     success: Any = "exact",
     device: str = "cpu",
     seed: int = 0,
@@ -95,8 +87,8 @@ def measure(
     bare = headwise.budget.razor(induction, echo=echo, weight="none", **OPTIONS)
     one = headwise.budget.razor(induction, echo=echo, weight="one", **OPTIONS)
     randoms = [_other_heads(plan, generator) for _ in range(draws)]
-    full, size = recall(model, keys, HeadPlan.full(plan.layers, plan.kv_heads))
-    mine, bytes_ = recall(model, keys, plan)
+    full, size = recall(model, keys, HeadPlan.full(plan.layers, plan.kv_heads), batch_size)
+    mine, bytes_ = recall(model, keys, plan, batch_size)
     metrics |= {
         "recall_razor": mine,
         "recall_loss": full - mine,
@@ -104,8 +96,12 @@ def measure(
         "cache_share": bytes_ / size,
     }
     metrics |= {"full_heads": len(plan.full_heads()), "plan_share_131072": _published(induction, echo).ratio(131072)}
-    baselines = {"recall_full": full, "cache_bytes_full": size, "recall_no_token": recall(model, keys, bare)[0]}
-    baselines["recall_random"] = sum(recall(model, keys, other)[0] for other in randoms) / draws
+    baselines = {
+        "recall_full": full,
+        "cache_bytes_full": size,
+        "recall_no_token": recall(model, keys, bare, batch_size)[0],
+    }
+    baselines["recall_random"] = sum(recall(model, keys, other, batch_size)[0] for other in randoms) / draws
     ids = torch.tensor(encode(tokenizer, english("eval")))
     plans = {"razor": plan, "no_token": bare, "one": one, "random": randoms[0]}
     for n in (length, 2 * length):
@@ -115,8 +111,8 @@ def measure(
     return metrics, baselines
 
 
-def recall(model: Any, keys: list[Prompt], plan: HeadPlan) -> tuple[float, float]:
-    """(share of the digits that are right, bytes of the cache after the last prompt), decoding through the cache."""
+def recall(model: Any, keys: list[Prompt], plan: HeadPlan, batch_size: int = 1) -> tuple[float, float]:
+    """(share of the digits that are right, bytes of the cache after the last batch of prompts), decoding through the cache."""
     made: list[headwise.HeadwiseCache] = []
 
     def cache() -> headwise.HeadwiseCache:
@@ -124,7 +120,7 @@ def recall(model: Any, keys: list[Prompt], plan: HeadPlan) -> tuple[float, float
         return made[0]
 
     with headwise.attach(model, plan=plan):
-        result = exact_match(model, keys, through="cache", cache=cache)
+        result = exact_match(model, keys, through="cache", cache=cache, batch_size=batch_size)
     return result.tokens, float(made[0].nbytes)
 
 

@@ -15,7 +15,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from headwise.checks import shown
 from headwise.errors import ArtifactError
+from headwise.storage import parse_json
 
 SCALES = ("cpu", "gpu")
 KEYS = ("paper", "claim", "scale", "metrics", "baselines", "expected", "holds", "seconds", "environment")
@@ -93,7 +95,7 @@ class Check:
             return float(side)
         if side not in numbers:
             raise ArtifactError(
-                f"check {str(self)!r} needs {side!r}; the run measured {', '.join(numbers) or 'nothing'}"
+                f"check {shown(str(self), 200)} needs {shown(side)}; the run measured {shown(sorted(numbers), 400)}"
             )
         return float(numbers[side])
 
@@ -108,7 +110,7 @@ class Check:
         """Read the text form back."""
         found = _ROW.fullmatch(text)
         if found is None:
-            raise ArtifactError(f"not a check: {text!r}; a check reads 'name: left < right'")
+            raise ArtifactError(f"not a check: {shown(text, 200)}; a check reads 'name: left < right'")
         return cls((found["name"] or "").strip(), _side(found["left"]), found["op"], _side(found["right"]))
 
 
@@ -148,12 +150,16 @@ class Reproduction:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         if self.scale not in SCALES:
-            raise ArtifactError(f"scale is one of {', '.join(SCALES)}, not {self.scale!r}")
+            raise ArtifactError(f"scale is one of {', '.join(SCALES)}, not {shown(self.scale)}")
         if not self.checks:
-            raise ArtifactError(f"reproduction of {self.paper!r} has no check: a claim that cannot fail is no claim")
+            raise ArtifactError(
+                f"reproduction of {shown(self.paper)} has no check: a claim that cannot fail is no claim"
+            )
         twice = set(self.metrics) & set(self.baselines)
         if twice:
-            raise ArtifactError(f"{', '.join(sorted(twice))} named both as metric and as baseline of {self.paper!r}")
+            raise ArtifactError(
+                f"{shown(', '.join(sorted(twice)), 400)} named both as metric and as baseline of {shown(self.paper)}"
+            )
         self.failed()
 
     @property
@@ -187,7 +193,7 @@ class Reproduction:
     def from_json(cls, text: str) -> "Reproduction":
         """Read a record; `holds` is computed anew, and a record that says otherwise raises `ArtifactError`."""
         try:
-            data = json.loads(text)
+            data = parse_json(text, "record")
             missing = set(KEYS) - set(data)
             if missing:
                 raise ArtifactError(f"record lacks {', '.join(sorted(missing))}")
@@ -204,10 +210,10 @@ class Reproduction:
         except ArtifactError:
             raise
         except (ValueError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"not the record of a reproduction: {error}") from error
+            raise ArtifactError(f"not the record of a reproduction: {str(error)[:400]}") from error
         if record.holds != data["holds"]:
             raise ArtifactError(
-                f"the record of {record.paper!r} says holds={data['holds']}, its numbers say {record.holds}"
+                f"the record of {shown(record.paper)} says holds={shown(data['holds'])}, its numbers say {record.holds}"
             )
         return record
 

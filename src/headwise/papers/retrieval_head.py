@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -10,8 +9,10 @@ import torch
 import headwise
 from headwise.errors import HeadwiseError
 from headwise.hub import load_model
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
+from headwise.score.retrieval import retrieval
 from headwise.tasks import make_passkeys
 from headwise.units import HeadScores
 
@@ -42,23 +43,10 @@ PUBLISHED = {"published_share_above_0.1_least": 0.021, "published_share_above_0.
 """Least and most over the seven score files of the authors, Llama-2-13B-64K and Mixtral-8x7B."""
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS, PUBLISHED)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on smollm2. "cpu": passkeys of 512 tokens, 1-3 minutes on two cores. "gpu": more of them, of 2048 tokens."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    metrics, baselines = measure(
-        device="cuda" if scale == "gpu" else "cpu", seed=seed, progress=progress, **SIZES[scale]
-    )
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines | PUBLISHED,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(device=device_of(scale), seed=seed, progress=progress, **SIZES[scale])
 
 
 def measure(
@@ -81,7 +69,7 @@ def measure(
     generator = torch.Generator().manual_seed(seed)
     keys = make_passkeys(tokenizer, count=tests, length=length, generator=generator)
     halves = [
-        headwise.score.retrieval(model, tokenizer, prompts=half, success=success, progress=progress)
+        retrieval(model, tokenizer, prompts=half, success=success, progress=progress)
         for half in (keys[::2], keys[1::2])
     ]
     scores = HeadScores.mean(halves)
@@ -98,6 +86,15 @@ def measure(
         progress=progress,
     )
     return _sparsity(halves, scores) | _without(check, "top"), _without(check, "random")
+
+
+def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
+    """The chapters of `reproduce --page`: scores as a map, and against the effect of single heads, from four prompts."""
+    from headwise.report.chapters.circuits import copying
+
+    model, tokenizer = load_model("smollm2")
+    keys = make_passkeys(tokenizer, count=4, length=512, generator=torch.Generator().manual_seed(seed))
+    return copying(model, tokenizer, prompts=keys, seed=seed)
 
 
 def _sparsity(halves: list[HeadScores], scores: HeadScores) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.hub import load_model
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers._soft_baselines import function_vectors, task_vectors
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
@@ -21,7 +21,7 @@ from headwise.tasks.icl_batch import exact_rows, pack
 
 PAPER = Paper(
     slug="soft-injection",
-    status="partial",
+    status="works",
     api="headwise.steer.soft_injection, headwise.steer.TaskEmbedding, headwise.steer.serve, headwise.steer.fit_tasks, "
     "headwise.steer.function_vector, headwise.steer.task_vector",
     claim="With a mean of head outputs mixed in by learned shares, prompts without examples are answered nearly as well as "
@@ -68,22 +68,18 @@ PUBLISHED = {"published_gain_over_ten_shot_least": 0.102, "published_gain_over_t
 """Mean over 57 tasks, least and most of 12 models of 4B to 70B parameters (abstract)."""
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS, PUBLISHED)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on smollm2. "cpu": 12 tasks, 3 seeds, in bfloat16. "gpu": all families, the paper's 400 steps and 50 prompts."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    device = "cuda" if scale == "gpu" else "cpu"
-    metrics, baselines = measure(device=device, seed=seed, progress=progress, **SIZES[scale])
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines | PUBLISHED,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(device=device_of(scale), seed=seed, progress=progress, **SIZES[scale])
+
+
+def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
+    """The chapters of `reproduce --page`: answers by method, and the shares of three tasks against causal effects."""
+    from headwise.report.chapters.circuits import injection
+
+    model, tokenizer = load_model("smollm2", dtype="bfloat16")
+    return injection(result, model, tokenizer, tasks=("antonym", "plural", "past"), seed=seed)
 
 
 @dataclass(frozen=True)

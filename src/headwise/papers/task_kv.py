@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +16,11 @@ from headwise.errors import HeadwiseError
 from headwise.hub import load_model
 from headwise.keyscores import Ask
 from headwise.papers._one_prefill import Prefill
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
 from headwise.plan import Full, HeadPlan, Pattern, Selected, SinkWindow
+from headwise.progress import track
 from headwise.tasks import english, even_depths, make_needle, make_passkey
 from headwise.tasks.texts import encode
 
@@ -51,22 +52,11 @@ CHECKS = (
 )
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on smollm2 with its kv heads repeated, 3 seeds. "cpu": 6 passkeys, 6 texts, about 3 minutes. "gpu": 60 and 60."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
     each = 2 if scale == "cpu" else 20
-    metrics, baselines = measure(each=each, device="cuda" if scale == "gpu" else "cpu", seed=seed, progress=progress)
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(each=each, device=device_of(scale), seed=seed, progress=progress)
 
 
 def measure(
@@ -90,7 +80,7 @@ def measure(
     divergence: dict[str, list[float]] = {}
     size: dict[str, float] = {}
     chosen: dict[str, list[Tensor]] = {"passkey": [], "needle": [], "text": []}
-    for one in _bar(range(seeds), progress):
+    for one in track(range(seeds), "seeds", progress):
         generator = torch.Generator().manual_seed(seed + 100 * one + 1)
         for depth in even_depths(each * seeds, 0.1, 0.75)[one::seeds]:
             prompt = make_passkey(tokenizer, length=length, depth=depth, generator=generator)
@@ -248,11 +238,3 @@ def _pieces(tokenizer: Any, length: int, count: int, generator: torch.Generator)
     ids = torch.tensor(encode(tokenizer, english("eval")))
     starts = torch.randint(0, max(1, len(ids) - length), (count,), generator=generator).tolist()
     return [ids[at : at + length] for at in starts]
-
-
-def _bar(items: Any, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, "seeds")

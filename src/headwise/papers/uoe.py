@@ -7,18 +7,18 @@ union of experts beside a dense model of its active size.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headwise.errors import HeadwiseError
+from headwise.papers._run import Measured, mean_of, reproduces
 from headwise.papers._small_lm import Size, batches, held_out_loss, small_lm, train
 from headwise.papers.catalogue import Paper
-from headwise.papers.reproduction import Check, Reproduction
+from headwise.papers.reproduction import Check
+from headwise.progress import track
 from headwise.route import Router, Routing, Rule
 from headwise.route.uoe import uoe as cut
 
@@ -45,7 +45,7 @@ class Scale:
 SCALES = {
     "cpu": Scale(),
     "gpu": Scale(
-        size=Size(width=384, layers=6, heads=6, hidden=1152, steps=600, batch=16, length=512, rate=1e-3, text="code"),
+        size=Size(width=384, layers=6, heads=6, hidden=1152, steps=200, batch=16, length=512, rate=1e-3, text="code"),
         device="cuda",
     ),
 }
@@ -77,27 +77,30 @@ class RandomHeads(Rule):
     def route(self, seen: Any) -> Routing:
         """See the class."""
         B, N, _ = seen.x.shape
-        drawn = torch.rand(N, seen.experts, generator=torch.Generator().manual_seed(self.seed)).to(seen.x.device)
-        index = drawn.topk(self.k, dim=-1).indices.expand(B, N, self.k)
+        index = _drawn(self.k, N, seen.experts, self.seed, seen.x.device).expand(B, N, self.k)
         probs = torch.full((B, N, seen.experts), 1 / seen.experts, device=seen.x.device)
         return Routing(index, torch.ones_like(index, dtype=probs.dtype), probs, real=seen.real)
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@lru_cache(maxsize=64)
+def _drawn(k: int, N: int, E: int, seed: int, device: torch.device) -> Tensor:
+    """(N, k) experts of each column, kept on the device: a copy to it would end the replay of training steps."""
+    drawn = torch.rand(N, E, generator=torch.Generator().manual_seed(seed))
+    return drawn.topk(k, dim=-1).indices.to(device)
+
+
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim with three seeds. "cpu": 2 layers of width 64, rows of 128 bytes; "gpu": 6 of width 384, 512 bytes."""
-    if scale not in SCALES:
-        raise HeadwiseError(f"scale is {scale!r}; it must be 'cpu' or 'gpu'")
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    started, chosen = time.monotonic(), SCALES[scale]
-    rows = [measure(seed + turn, chosen) for turn in _track(chosen.seeds, progress)]
-    numbers = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    chosen = SCALES[scale]
+    rows = [measure(seed + turn, chosen) for turn in track(range(chosen.seeds), "seeds", progress)]
+    numbers = mean_of(rows)
     metrics = {name: value for name, value in numbers.items() if not name.endswith(BASELINES)}
     gains = [row["loss_random"] - row["loss_gate"] for row in rows]
     metrics |= {"gain_over_random_least": min(gains), "gain_over_random_most": max(gains)}
     baselines = {name: value for name, value in numbers.items() if name.endswith(BASELINES)}
     baselines["loss_dense_and_2_percent"] = 1.02 * numbers["loss_dense"]
-    return Reproduction(PAPER.slug, PAPER.claim, scale, metrics, baselines, CHECKS, time.monotonic() - started)
+    return metrics, baselines
 
 
 def measure(seed: int, scale: Scale) -> dict[str, float]:
@@ -180,11 +183,3 @@ def savings(union: Any, size: Size, device: str) -> tuple[float, float]:
             routing = record[-1 - n][0]
             products.append(float(routing.load().square().sum()) / (routing.experts * ids.shape[1] ** 2))
     return sum(kv) / len(kv), sum(products) / len(products)
-
-
-def _track(count: int, progress: bool) -> Iterable[int]:
-    if not progress:
-        return range(count)
-    from rich.progress import track
-
-    return track(range(count), description="seeds")

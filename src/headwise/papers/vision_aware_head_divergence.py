@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-import headwise
 from headwise.attach.divergence import vision_aware
-from headwise.errors import HeadwiseError
 from headwise.hub import load_model
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
+from headwise.progress import track
 from headwise.score.vhd import token_vhd
-from headwise.steer.vhr import VHR, ReinforcedHeads
+from headwise.steer.vhr import VHR, ReinforcedHeads, vhr
 from headwise.tasks.descriptions import Descriptions, describe
-from headwise.tasks.scenes import EOS, FIRST_OBJECT, Scenes, make_scenes
+from headwise.tasks.scenes import EOS, FIRST_OBJECT, OBJECTS, Scenes, make_scenes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,26 +55,61 @@ PUBLISHED = {
 """LLaVA-1.5-7B on 500 images of COCO; "fixed heads" were chosen on one sample."""
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS, PUBLISHED)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on three bundled scene models, trained with three seeds, on scenes that break the habit of their training."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    device = "cuda" if scale == "gpu" else "cpu"
+    device = device_of(scale)
     tables = []
-    for place, name in enumerate(_track(MODELS, progress)):
+    for place, name in enumerate(track(MODELS, "scene models", progress)):
         model, _ = load_model(name, device=device)
         tables.append(measure(model, seed=seed + 1000 * place, **SIZES[scale]))
-    metrics, baselines = summarise(tables)
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines | PUBLISHED,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
+    return summarise(tables)
+
+
+def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
+    """The chapters of `reproduce --page`: the rates by alpha, and where the first model looks in three scenes and what it says of them."""
+    from headwise.report.figures import COLOURS, Line, lines
+    from headwise.report.looking import looking_section
+    from headwise.report.page import Section
+
+    alphas = sorted((*ALPHAS, 1.0))
+    panels = {}
+    for name, title in (
+        ("chair_i", "share invented"),
+        ("recall", "recall"),
+        ("length", "objects named"),
+        ("repeats", "repeated"),
+    ):
+        curve = [result.numbers[f"{name}_greedy" if a == 1 else f"{name}_alpha{a:g}"] for a in alphas]
+        series = [Line("vision-aware half", alphas, curve)]
+        for half, colour in (("random_half", "random"), ("blind_half", "inverse")):
+            ends = [result.numbers[f"{name}_greedy"], result.numbers[f"{name}_{half}"]]
+            series.append(Line(half.replace("_", " "), [1.0, 2.0], ends, colour=COLOURS[colour], dash="dot"))
+        panels[title] = series
+    rates = Section(
+        title="What louder heads do",
+        text=[
+            "Means over the bundled models. A lower rate of inventions is worth something only at equal recall and without repetitions."
+        ],
+        figures=[lines(panels, x_title="alpha: heads are multiplied by it")],
     )
+    model, _ = load_model(MODELS[0])
+    data = make_scenes(3, habit="broken", generator=torch.Generator().manual_seed(seed))
+    return [rates, looking_section(model, data.inputs(), said=list(_texts(model, data)))]
+
+
+def _texts(model: PreTrainedModel, data: Scenes) -> Iterator[tuple[str, str]]:
+    """(label, what is there, or what the model says) of each scene, plain and under VHR; inventions in capitals."""
+    rule = vhr(model, None)
+    said = {"greedy": describe(model, data)}
+    for alpha in (2.0, 3.0):
+        with ReinforcedHeads(model, _with(rule, alpha)):
+            said[f"alpha {alpha:g}"] = describe(model, data)
+    for row in range(len(data)):
+        real = data.objects(row)
+        yield f"picture {row + 1} shows", ", ".join(OBJECTS[kind] for kind in sorted(real))
+        for name, answers in said.items():
+            yield name, ", ".join(OBJECTS[k] if k in real else OBJECTS[k].upper() for k in answers.said(row))
 
 
 def measure(model: PreTrainedModel, *, scenes: int, draws: int, seed: int = 0) -> dict[str, float]:
@@ -84,7 +118,7 @@ def measure(model: PreTrainedModel, *, scenes: int, draws: int, seed: int = 0) -
     data = make_scenes(scenes, habit="broken", generator=generator)
     greedy = describe(model, data)
     found = _named(greedy, "greedy")
-    rule = headwise.steer.vhr(model, None)
+    rule = vhr(model, None)
     for alpha in ALPHAS:
         found |= _under(model, data, _with(rule, alpha), f"alpha{alpha:g}")
     for name, choose in (("blind_half", _blind_half), ("fixed_heads", _fixed(model, rule, generator))):
@@ -163,11 +197,3 @@ def _auroc(model: PreTrainedModel, said: Descriptions) -> float:
     if not right or not invented:
         return float("nan")
     return float(mannwhitneyu(right, invented).statistic) / (len(right) * len(invented))
-
-
-def _track(items: Sequence[str], progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="scene models")

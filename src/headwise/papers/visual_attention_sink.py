@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,12 @@ from torch import Tensor
 from headwise.attach import HeadCall, attach
 from headwise.attach.images import looked_up
 from headwise.attach.sinks import find_sink_dims
-from headwise.errors import HeadwiseError
 from headwise.hub import load_model
 from headwise.papers._planted_sinks import SINKS, TAU, PlantedSinks
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
+from headwise.progress import track
 from headwise.steer.var import VAR
 from headwise.tasks.descriptions import describe
 from headwise.tasks.scenes import Scenes, make_scenes
@@ -59,26 +59,46 @@ CHECKS = (
 PUBLISHED = {"published_gqa_llava15_base": 62.0, "published_gqa_llava15_var": 63.5}
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS, PUBLISHED)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on three bundled scene models, trained with three seeds, with sinks planted on three empty cells a picture."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    device = "cuda" if scale == "gpu" else "cpu"
+    device = device_of(scale)
     tables = []
-    for place, name in enumerate(_track(MODELS, progress)):
+    for place, name in enumerate(track(MODELS, "scene models", progress)):
         model, _ = load_model(name, device=device)
         tables.append(measure(model, seed=seed + 1000 * place, **SIZES[scale]))
-    metrics, baselines = summarise(tables)
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines | PUBLISHED,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
+    return summarise(tables)
+
+
+def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
+    """The chapters of `reproduce --page`: what each rule wins back, and the attention on three pictures with sinks, plain and under VAR."""
+    from headwise.report.figures import bars
+    from headwise.report.looking import looking_section
+    from headwise.report.page import Section
+
+    names = {"clean": "no sinks", "planted": "sinks", "var": "VAR: rho 0.2, p 1", "var_p0.6": "rho 0.2, p 0.6"}
+    names |= {
+        "var_rho0": "rho 0, p 1",
+        "var_rho0_p0.6": "rho 0, p 0.6",
+        "all_heads": "all heads",
+        "random_heads": "random heads",
+    }
+    f1 = Section(
+        title="Sinks take, VAR gives back",
+        text=[
+            "F1 of descriptions without sinks, with three sinks planted in each picture, and with sinks under each rule."
+        ],
+        figures=[bars(list(names.values()), [result.numbers[f"f1_{n}"] for n in names], y_title="F1")],
     )
+    model, _ = load_model(MODELS[0])
+    generator = torch.Generator().manual_seed(seed)
+    calibration, data = (make_scenes(count, generator=generator) for count in (48, 3))
+    with PlantedSinks(model, calibration, generator=generator) as planted:
+        planted.on(data)
+        rule = VAR(dims=planted.dims[:1], tau=TAU, layers=tuple(range(1, planted.stack.layers)), move=1.0, rho=0.0)
+        places = [", ".join(str(c) for c in (row - 1).tolist()) for row in planted.columns]
+        said = [(f"picture {n}", f"sinks on patches {row}, counted by rows from 0") for n, row in enumerate(places, 1)]
+        return [f1, looking_section(planted.model, data.inputs(), rule, said=said)]
 
 
 def measure(model: PreTrainedModel, *, scenes: int, draws: int, seed: int = 0) -> dict[str, float]:
@@ -156,11 +176,3 @@ def _without(table: Tensor) -> Callable[[HeadCall, Callable[[], Tensor]], Tensor
 
 def _f1(model: PreTrainedModel, data: Scenes) -> float:
     return describe(model, data, batch_size=len(data)).measures()["f1"]
-
-
-def _track(items: Sequence[str], progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="scene models")

@@ -7,14 +7,14 @@ matter, that heads look at different distances, and that an auto-encoder sorts t
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headwise.errors import HeadwiseError, UnitError
+from headwise.errors import UnitError
 from headwise.models.shape_vit import shape_vit, train_vit
+from headwise.papers._run import Measured, device_of, reproduces
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
 from headwise.score._vision import Grid
@@ -33,6 +33,8 @@ PAPER = Paper(
     "or of random ones; label-free and labelled metrics rank them alike and one backward estimates the ranking; some head of the "
     "first layer attends to its neighbours above chance; and an auto-encoder over attention patterns sorts known ones",
 )
+_LAST: list[Any] = []
+"""The first model of this process's last run with the images it was scored by, for the page."""
 SHARE = 0.25
 """Of the heads, taken out together: six of 24."""
 SIZES: dict[str, dict[str, Any]] = {
@@ -70,23 +72,21 @@ CHECKS = (
 )
 
 
-def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Reproduction:
+@reproduces(PAPER, CHECKS)
+def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Train small ViTs on drawn shapes and ask the three questions. "cpu": three models, 1-3 minutes on two cores."""
-    started = time.monotonic()
-    if scale == "gpu" and not torch.cuda.is_available():
-        raise HeadwiseError("scale='gpu' needs a CUDA device; scale='cpu' needs none")
-    metrics, baselines = measure(
-        device="cuda" if scale == "gpu" else "cpu", seed=seed, progress=progress, **SIZES[scale]
-    )
-    return Reproduction(
-        paper=PAPER.slug,
-        claim=PAPER.claim,
-        scale=scale,
-        metrics=metrics,
-        baselines=baselines,
-        checks=CHECKS,
-        seconds=time.monotonic() - started,
-    )
+    return measure(device=device_of(scale), seed=seed, progress=progress, **SIZES[scale])
+
+
+def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
+    """The chapters of `reproduce --page`: the first model's heads, linked views; measured anew where no run was in this process."""
+    from headwise.report.vit_page import vit_sections
+
+    if not _LAST:
+        measure(device=device_of(result.scale), seed=seed, progress=progress, **SIZES[result.scale])
+    model, pixels, labels, steps = _LAST
+    atlas = atlas_of(model, pixels[:32], steps=steps, seed=seed)
+    return vit_sections(importance_of(model, pixels, labels), strength_of(model, pixels), atlas)
 
 
 def measure(
@@ -111,6 +111,8 @@ def measure(
         train, scored, tested = (make_shapes(n, **how) for n in (4096, images, 4 * images))
         model = shape_vit(size=size, layers=layers, width=width, heads=4, classes=train.classes, seed=number).to(device)
         train_vit(model, train.pixels, train.labels, steps=steps, seed=number, progress=progress)
+        if number == seed:
+            _LAST[:] = [model, scored.pixels, scored.labels, epochs]
         found = _heads(model, scored.pixels, scored.labels, tested.pixels, tested.labels, number)
         found |= _distance(model, scored.pixels)
         found["autoencoder_r2"] = atlas_of(model, scored.pixels[:32], steps=epochs, seed=number).r2

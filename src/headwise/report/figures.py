@@ -53,7 +53,7 @@ def head_map(values: Tensor, *, unit: str = "head", label: str = "score") -> go.
         )
     )
     figure.update_yaxes(title=unit, autorange="reversed", dtick=1)
-    figure.update_xaxes(title="layer")
+    figure.update_xaxes(title="layer", dtick=1 if layers <= 12 else None)
     return _style(figure, height=110 + 22 * max(units, 5))
 
 

@@ -46,8 +46,11 @@ def sample_grid(pictures: Mapping[str, Tensor], *, columns: int = 16) -> go.Figu
         tiles = _tiles(one.float().clamp(-1, 1).cpu(), columns)
         heat = go.Heatmap(z=tiles.tolist(), zmin=-1, zmax=1, colorscale=GREYS, showscale=False, hoverinfo="skip")
         figure.add_trace(heat, row, 1)
+        axes = figure.get_subplot(row, 1)
+        axes.yaxis.update(scaleanchor=axes.xaxis.plotly_name.replace("axis", ""), constrain="domain")
+        axes.xaxis.update(constrain="domain")
         height += 40 + max(56, round(720 * tiles.shape[0] / tiles.shape[1] / 4))
-    figure.update_yaxes(autorange="reversed", visible=False, scaleanchor="x")
+    figure.update_yaxes(autorange="reversed", visible=False)
     figure.update_xaxes(visible=False)
     figure.update_layout(
         template="plotly_white", height=height, dragmode=False, margin={"l": 4, "r": 4, "t": 28, "b": 8}

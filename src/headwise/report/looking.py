@@ -96,6 +96,9 @@ def attention_panels(pictures: Tensor, maps: Mapping[str, Tensor]) -> go.Figure:
                 hovertemplate="%{z:.3f}<extra></extra>",
             )  # fmt: skip
             figure.add_trace(heat, row, column)
+            axes = figure.get_subplot(row, column)
+            axes.yaxis.update(scaleanchor=axes.xaxis.plotly_name.replace("axis", ""), constrain="domain")
+            axes.xaxis.update(constrain="domain")
     figure.update_yaxes(autorange="reversed", visible=False)
     figure.update_xaxes(visible=False)
     styled = figures._style(figure, height=60 + 130 * len(pictures))

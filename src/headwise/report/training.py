@@ -11,7 +11,7 @@ from headwise import registry
 from headwise.report import figures
 from headwise.report.figures import COLOURS, PALETTE, Line
 from headwise.report.page import Card, Section, Table, render
-from headwise.storage import StrPath, read_json, write_text
+from headwise.storage import StrPath, decoding, read_json, write_text
 
 CURVES, PAGE = "curves.json", "curves.html"
 POINTS = 200  # of a training curve; a point is the mean of the steps since the last one
@@ -26,7 +26,9 @@ def save_page(folder: StrPath) -> Path | None:
     if importlib.util.find_spec("plotly") is None:
         return None
     place = Path(folder) / PAGE
-    write_text(place, training_page(run))
+    with decoding(Path(folder) / CURVES):
+        page = training_page(run)
+    write_text(place, page)
     return place
 
 

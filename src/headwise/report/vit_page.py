@@ -55,12 +55,7 @@ def vit_page(
         ),
         Card(f"{len({n for row in atlas.names for n in row})}", "kinds of attention pattern"),
     ]
-    sections = [
-        _linked_section(importance, strength, atlas, metric),
-        _depth_section(strength),
-        _pattern_section(atlas, values, metric),
-        _agreement_section(importance),
-    ]
+    sections = vit_sections(importance, strength, atlas, metric=metric)
     facts = [
         ("model", str(importance.made_for)),
         ("images", str(importance.values[metric].shape[-1])),
@@ -68,6 +63,16 @@ def vit_page(
     ]
     lead = "Every head is pruned alone, measured over distance, and sorted by its attention pattern."
     return render(title, lead, cards=cards, sections=sections, facts=facts)
+
+
+def vit_sections(importance: Importance, strength: Strength, atlas: Atlas, *, metric: str = "js") -> list[Section]:
+    """The sections, also as chapters of another page."""
+    return [
+        _linked_section(importance, strength, atlas, metric),
+        _depth_section(strength),
+        _pattern_section(atlas, importance.scores(metric).values, metric),
+        _agreement_section(importance),
+    ]
 
 
 def save_vit_page(path: str | Path, *parts: Any, **options: Any) -> None:
@@ -147,7 +152,7 @@ class _Linked:
             height=620,
             showlegend=False,
             dragmode=False,
-            margin={"l": 44, "r": 8, "t": 40, "b": 36},
+            margin=MARGIN,
         )
         figure.update_layout(title={"text": f"shown: L{l}H{h}", "x": 0.99, "xanchor": "right", "font": {"size": 13}})
         return figure

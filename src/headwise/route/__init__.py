@@ -31,6 +31,7 @@ from headwise.route._rules import (
 )
 from headwise.route._rules_balanced import Balanced, ExpertChoice, Hash
 from headwise.route._rules_soft import Lory, Smear, SoftMoE
+from headwise.route._rules_stable import Stable
 from headwise.route._stability import fluctuation_curve, routing_agreement, routing_entropy, routing_fluctuation
 from headwise.route._uoe_attention import SelectiveAttention
 from headwise.route._uoe_cache import UnionCacheLayer
@@ -76,6 +77,7 @@ __all__ = [
     "Smear",
     "SoftMoE",
     "SoftmaxTopK",
+    "Stable",
     "SwitchHead",
     "TopKSoftmax",
     "TopP",

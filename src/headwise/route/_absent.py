@@ -1,7 +1,8 @@
 """What stands in for a head that does not run: nothing, its mean output, or its mean output over the tokens that do without it.
 
 Heads that tokens do without mostly rest on the attention sink, and what they write then is nearly a constant: so the last of
-the three transfers to another kind of text, which the mean over all tokens does not.
+the three transfers to another kind of text, which the mean over all tokens does not. It is taken as far as two halves of the text
+agree on it; where the fit reads two kinds of text in turn, the halves are the kinds.
 
 Letters: L layers, B batch, N tokens, H query heads, D head dim, k heads that a token does without.
 """
@@ -45,26 +46,39 @@ class RestMeans:
     """Observer: mean output of each head over the tokens that do without it, for k = 0 … H; `table` (L, H + 1, H, D), float32.
 
     `scores` gives the scores (B, N, H) of a layer for a call: a token does without its k heads of lowest score. A mean over n tokens
-    is taken n / (n + PRIOR) times, so that a head that hardly ever stays out gets nearly nothing.
+    is taken n / (n + PRIOR) times, so that a head that hardly ever stays out gets nearly nothing; and a times, a = 2 m·m' / (|m|² + |m'|²)
+    at least 0, where m and m' are the means over every second call, so that what one kind of text does alone is left out.
     """
 
     needs_hidden = True
 
     def __init__(self, stack: Stack, scores: Sequence[Any]):
         self.scores = scores
-        self.sums = torch.zeros(stack.layers, stack.heads + 1, stack.heads, stack.head_dim, dtype=torch.float64)
-        self.tokens = torch.zeros(stack.layers, stack.heads + 1, stack.heads, dtype=torch.float64)
+        size = (2, stack.layers, stack.heads + 1, stack.heads)
+        self.sums = torch.zeros(*size, stack.head_dim, dtype=torch.float64)
+        self.tokens = torch.zeros(*size, dtype=torch.float64)
+        self.calls = [0] * stack.layers
 
     def __call__(self, call: HeadCall, out: Tensor) -> None:
         rows = _real(call, out.detach().float())  # (T, H, D)
         absent = without(_real(call, self.scores[call.layer](call)))  # (T, H + 1, H)
-        self.sums[call.layer] += torch.einsum("tkh,thd->khd", absent, rows).double().cpu()
-        self.tokens[call.layer] += absent.sum(0).double().cpu()
+        half = self.calls[call.layer] % 2
+        self.sums[half, call.layer] += torch.einsum("tkh,thd->khd", absent, rows).double().cpu()
+        self.tokens[half, call.layer] += absent.sum(0).double().cpu()
+        self.calls[call.layer] += 1
 
     @property
     def table(self) -> Tensor:
         """See the class."""
-        return (self.sums / (self.tokens + PRIOR)[..., None]).float()
+        mean = self.sums.sum(0) / (self.tokens.sum(0) + PRIOR)[..., None]
+        return (mean * self.agreement[..., None]).float()
+
+    @property
+    def agreement(self) -> Tensor:
+        """a (L, H + 1, H): 1 where both halves have the same mean, 0 where their means have nothing in common."""
+        one, other = self.sums / self.tokens.clamp(min=1)[..., None]
+        size = one.square().sum(-1) + other.square().sum(-1)
+        return (2 * (one * other).sum(-1) / size.clamp(min=1e-30)).clamp(min=0)
 
 
 def without(scores: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from headwise.attach import HeadCall, Stack
 from headwise.attach.projection import head_weights, output_projection
 from headwise.checks import whole
 from headwise.errors import RouteError
+from headwise.modes import frozen
 from headwise.route._absent import without
 
 
@@ -59,19 +60,13 @@ def _outputs(model: Any, stack: Stack, seen: dict[int, Tensor]) -> Iterator[None
 
         return hook
 
-    training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
     handles = [output_projection(stack, i).register_forward_hook(keep(i)) for i in range(stack.layers)]
-    model.eval()
-    for p in wanted:
-        p.requires_grad_(False)
     try:
-        yield
+        with frozen(model):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for p in wanted:
-            p.requires_grad_(True)
-        model.train(training)
 
 
 class Costs:

@@ -22,7 +22,7 @@ from headwise.route._router_base import Router, Rule, Seen
 from headwise.route._routing import Routing
 from headwise.route._rules import Dense, SoftmaxTopK
 from headwise.route._upcycle import _activation, _block, _dense
-from headwise.route._whole_model import READERS, dense_and_options, fill, save_whole, saved_tokenizer
+from headwise.route._whole_model import READERS, read_whole, save_whole
 from headwise.storage import StrPath
 
 KIND = "bam"
@@ -154,12 +154,12 @@ class MixedModel:
     @classmethod
     def from_pretrained(cls, folder: StrPath) -> MixedModel:
         """Read what `save_pretrained` wrote. Raises ArtifactError."""
-        dense, options = dense_and_options(folder, KIND)
-        recipe = Recipe(**options)
-        mixed = mix([dense] * recipe.experts, recipe, None, 0)
-        fill(mixed.model, folder, KIND)
-        mixed.tokenizer = saved_tokenizer(folder)
-        return mixed
+
+        def build(dense: Any, options: dict[str, Any]) -> MixedModel:
+            recipe = Recipe(**options)
+            return mix([dense] * recipe.experts, recipe, None, 0)
+
+        return read_whole(folder, KIND, build)
 
 
 READERS[KIND] = MixedModel.from_pretrained

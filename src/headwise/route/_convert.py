@@ -13,10 +13,13 @@ from typing import Any, Literal
 import torch
 
 from headwise.addresses import Fingerprint
+from headwise.attach import find_stack, fingerprint
+from headwise.attach.projection import hidden_width
 from headwise.checks import finite, whole
 from headwise.errors import RouteError
-from headwise.route._config import LayerRoute
+from headwise.route._config import Kind, LayerRoute, RouterConfig
 from headwise.route._presets import MoHPreset
+from headwise.route._router import HeadRouter
 from headwise.units import HeadScores, HeadSet
 
 Rounding = Literal["half-up", "floor", "ceil"]
@@ -170,3 +173,15 @@ def kept_text(routes: Sequence[LayerRoute]) -> str:
 def _best(scores: torch.Tensor, count: int) -> tuple[int, ...]:
     """The `count` heads of largest score, ascending by number."""
     return tuple(sorted(scores.sort(descending=True, stable=True).indices[:count].tolist()))
+
+
+def unfitted_router(
+    model: Any, choice: Choice, kind: Kind, *, stack: str | None = None, seed: int = 0, **options: Any
+) -> HeadRouter:
+    """A router of this kind for a model, as it is before any training or fit; `options` are those of `RouterConfig`."""
+    print_ = fingerprint(model, stack)
+    routes = choice.static(print_) if kind == "static" else choice.routes(print_)
+    width = hidden_width(find_stack(model, stack)) if kind in ("trained", "fitted") else 0
+    meta = choice.meta(routes)
+    config = RouterConfig(layers=routes, kind=kind, width=width, fingerprint=print_, meta=meta, **options)
+    return HeadRouter(config, generator=torch.Generator().manual_seed(seed))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from headwise.checks import finite
 from headwise.errors import RouteError
+from headwise.modes import evaluating
 from headwise.route._collect import join_loss
 
 
@@ -48,13 +49,11 @@ def distilling(model: Any, teacher: Any, weight: float) -> Iterator[None]:
         return join_loss(output, extra, kwargs, causal)
 
     handle = model.register_forward_hook(hook, with_kwargs=True)
-    teaching = teacher.training
-    teacher.eval()
     try:
-        yield
+        with evaluating(teacher):
+            yield
     finally:
         handle.remove()
-        teacher.train(teaching)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headwise.attach import HeadCall, Stack, attach, find_stack, fingerprint
+from headwise.attach.controller import tensor_parallel
 from headwise.attach.projection import hidden_width
 from headwise.checks import Meta, whole
 from headwise.errors import RouteError
@@ -19,6 +20,7 @@ from headwise.route._allocate import Costs, allocate, gradient_covariance
 from headwise.route._config import Features, LayerRoute, RouterConfig
 from headwise.route._convert import kept_text
 from headwise.route._fitted import fit, read
+from headwise.route._local import FirstKeys
 from headwise.route._router import HeadRouter
 from headwise.tasks import code
 from headwise.tasks.calibration import calibration_rows
@@ -80,6 +82,30 @@ class FitRecipe:
             for text in (None, code("haystack", max_chars=8 * half))
         ]
         return torch.stack([row for pair in zip(*kinds, strict=True) for row in pair])
+
+
+def best_options(model: Any, stack: str | None = None, *, dealt: bool = True) -> dict[str, Any]:
+    """Options of a recipe that were measured to be the best, as far as this model allows them; `dealt`: may layers differ?
+
+    Importance and sensitivity need the next-token loss of a causal language model, queries need keys by kv head, and all of it a
+    model that is not spread over ranks.
+
+    >>> from headwise.hub import load_model
+    >>> best_options(load_model("tiny-random-deepseek-v3")[0])  # its keys are larger than its heads: they are not read
+    {'target': 'importance', 'features': 'hidden', 'absent': 'rest', 'allocate': 'sensitivity'}
+    """
+    found = find_stack(model, stack)
+    if tensor_parallel(found.modules[0])[1] > 1:
+        return {"target": "norm", "features": "hidden", "absent": "zero", "allocate": "uniform"}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    language, keys = found.causal and head is not None, FirstKeys()
+    read(model, torch.zeros(1, 1, dtype=torch.long), keys, stack=stack)
+    return {
+        "target": "importance" if language else "norm",
+        "features": "queries" if keys.table.shape[1:] == (found.kv_heads, found.head_dim) else "hidden",
+        "absent": "rest",
+        "allocate": "sensitivity" if language and dealt else "uniform",
+    }
 
 
 @dataclass(frozen=True)

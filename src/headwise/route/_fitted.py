@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from headwise.attach import HeadCall, Stack, attach, find_stack
 from headwise.attach.projection import head_weights, output_projection
 from headwise.errors import RouteError
+from headwise.modes import evaluating
+from headwise.progress import track
 from headwise.route._local import FirstKeys
 
 if TYPE_CHECKING:
@@ -161,17 +163,12 @@ def read(
 
     `under` a router the observer sees the outputs of all heads, computed from hidden states that the router has shaped.
     """
-    training = model.training
-    model.eval()
     seen: dict[str, Any] = {"observers": [observer]}
     if under is not None:
         seen = {"router": under, "transforms": [_BeforeGates(observer)]}
-    try:
-        with attach(model, stack=stack, **seen):
-            for row in _track(rows, progress, what):
-                model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=1)
-    finally:
-        model.train(training)
+    with evaluating(model), attach(model, stack=stack, **seen):
+        for row in track(rows, f"{what} the router", progress):
+            model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=1)
 
 
 class _BeforeGates:
@@ -184,11 +181,3 @@ class _BeforeGates:
         out = attend()
         self.observer(call, out)
         return out
-
-
-def _track(rows: Tensor, progress: bool, what: str) -> Any:
-    if not progress:
-        return rows
-    from rich.progress import track
-
-    return track(list(rows), description=f"{what} the router")

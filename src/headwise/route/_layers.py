@@ -122,6 +122,11 @@ class BinaryLayer(RouterLayer):
     "none" to none.
     """
 
+    @property
+    def gradient_at_zero(self) -> bool:
+        """Do heads that are left out receive gradient? Then no kernel may leave their queries out."""
+        return self.config.ste_scope == "all" and torch.is_grad_enabled()
+
     def scores(self, call: HeadCall) -> Tensor:
         """Scores (B, N, E) of the routed heads."""
         raise NotImplementedError

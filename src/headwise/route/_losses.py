@@ -119,6 +119,15 @@ def spread_loss(probs: Tensor, real: Tensor | None = None) -> Tensor:
     return -_entropy(_mean(probs, real))
 
 
+def distil_loss(student: Tensor, index: Tensor, used: Tensor) -> Tensor:
+    """Mean −log softmax(student)_e over the chosen units e: a small router learns another's choice.
+
+    student (B, N, E) logits; index and used (B, N, k).
+    """
+    each = -student.log_softmax(-1).gather(-1, index)
+    return (each * used.to(each.dtype)).sum() / used.sum().clamp(min=1).to(each.dtype)
+
+
 def _entropy(p: Tensor) -> Tensor:
     return -torch.special.xlogy(p, p).sum(-1)
 

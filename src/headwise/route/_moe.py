@@ -206,6 +206,11 @@ class MoEHost:
             if "bias" in layer.router._buffers:
                 layer.router.update_bias()
 
+    def freeze_routing(self) -> None:
+        """`Router.freeze` of every layer: the second stage of StableMoE."""
+        for layer in self.layers.values():
+            layer.router.freeze()
+
     @contextmanager
     def recording(self) -> Iterator[dict[int, list[Any]]]:
         """Inside, every layer's routing is kept: number of the layer -> one record a forward pass."""

@@ -5,15 +5,14 @@
     swiglu:      h_s = silu(gate_s) ⊙ value_s · w_s
 
 No pass adds into memory that another one writes: nothing is atomic, so results repeat bit for bit. A gate's weight is applied to
-the input of the second matmul, W_down (w h) = w W_down h, where it costs no pass of its own. Torch's operations, or, on CUDA with
-`HEADWISE_ROUTE_KERNELS=1`, Triton kernels (`_permute_kernels.py`).
+the input of the second matmul, W_down (w h) = w W_down h, where it costs no pass of its own. Torch's operations, or, on CUDA,
+Triton kernels (`_permute_kernels.py`).
 
 Letters: T tokens, k slots, S pairs of token and slot that are used, C width, I hidden width of an expert.
 """
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -105,14 +104,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def kernels_work(x: Tensor) -> bool:
-    """Do the kernels run on this tensor? On CUDA where `HEADWISE_ROUTE_KERNELS=1` asks for them, in Triton's interpreter anyway."""
+    """Do the kernels run on this tensor? On CUDA, and in Triton's interpreter."""
     known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return known and ((x.is_cuda and asked_for()) or interpreting()) and _installed()
-
-
-def asked_for() -> bool:
-    """They have been held to their formulas in the interpreter only: until a GPU has run them, they are there for who asks."""
-    return os.environ.get("HEADWISE_ROUTE_KERNELS", "0") == "1"
+    return known and (x.is_cuda or interpreting()) and _installed()
 
 
 @cache

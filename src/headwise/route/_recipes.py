@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from headwise.attach import attach
-from headwise.checks import whole
+from headwise.checks import shown, whole
 from headwise.errors import RouteError
 from headwise.route._moe import MoEHost
 from headwise.route._router import HeadRouter
 from headwise.route._train import Curve, Recipe, train, whole_checkpoint
-from headwise.storage import StrPath, read_json, write_json
+from headwise.route._whole_model import forget_whole
+from headwise.storage import StrPath, decoding, read_json, write_json
+from headwise.storage import field as field_of
 
 KIND, NOTE, CURVES = "training-run", "run.json", "curves.json"
 Rows = Sequence[Mapping[str, Tensor]]
@@ -111,9 +113,10 @@ class Job:
             raise RouteError(f"resume=True, but {self.folder!r} holds no run; leave resume out to start one there")
         before = read_json(note, KIND, 1)
         if before.get("name") != self.name:
-            raise RouteError(f"{self.folder!r} holds a run of {before.get('name')!r}, not of {self.name!r}")
-        old = dict(before.get("settings", {}))
-        other = [f"{k}={old.get(k)!r}, now {v!r}" for k, v in mine["settings"].items() if old.get(k) != v]  # type: ignore[attr-defined]
+            raise RouteError(f"{self.folder!r} holds a run of {shown(before.get('name'))}, not of {self.name!r}")
+        with decoding(note):
+            old = field_of(before, "settings", dict)
+        other = [f"{k}={shown(old.get(k))}, now {shown(v)}" for k, v in mine["settings"].items() if old.get(k) != v]  # type: ignore[attr-defined]
         if other:
             raise RouteError(f"the run in {self.folder!r} has other settings: {'; '.join(other)}")
 
@@ -159,6 +162,7 @@ class Trained:
             if student.save is not None:
                 student.save(place / name)
             else:
+                forget_whole(place / name)
                 student.model.save_pretrained(place / name)
                 if self.tokenizer is not None:
                     self.tokenizer.save_pretrained(place / name)

@@ -6,6 +6,7 @@ Letters: B pictures, S pixels a side.
 from __future__ import annotations
 
 import gzip
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -111,11 +112,17 @@ def _idx(folder: Path, held_out: int) -> tuple[Tensor, Tensor, int]:
     return torch.cat(pixels).float() / 127.5 - 1, torch.cat(labels).long(), len(labels[0])
 
 
+MOST = 256 * 2**20  # bytes of one file, unpacked
+
+
 def _read(path: Path, kind: str) -> Tensor:
     magic, skip = MAGIC[kind]
     try:
-        raw = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+        if not path.is_file():
+            raise FileNotFoundError("it is no regular file")
+        with gzip.open(path) as file:
+            raw = file.read(MOST)
+    except (OSError, EOFError, zlib.error) as error:
         raise TaskError(
             f"{str(path)!r} cannot be read ({error}); install the Debian package dataset-fashion-mnist, or name the folder "
             "of its files with images="

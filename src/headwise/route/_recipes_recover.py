@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headwise.errors import TaskError
 from headwise.route._recipes import Data, Student
+from headwise.route._recipes_text import random_windows
 from headwise.route._train import Recipe, token_rows
 from headwise.tasks import code, english, exact_match, make_passkeys, perplexity
 from headwise.tasks.stories import stories
@@ -74,8 +75,8 @@ def recover_data(tokenizer: Any, text: Text, size: RecoverSize, *, seed: int) ->
         raise TaskError(f"text is {text!r}; it must be {', '.join(kinds)}")
     train = _ids(tokenizer, "\n\n".join(kinds[text]()))
     held = _ids(tokenizer, english("eval") + "\n\n" + code("eval", max_chars=len(english("eval"))))
-    rows = _windows(train, size.steps * size.batch, size.window, seed + 1)
-    return Data(token_rows(rows), token_rows(_windows(held, size.held_out, size.window, 999)), tokenizer)
+    rows = random_windows(train, size.steps * size.batch, size.window, seed + 1)
+    return Data(token_rows(rows), token_rows(random_windows(held, size.held_out, size.window, 999)), tokenizer)
 
 
 def examiner(tokenizer: Any, size: RecoverSize) -> Callable[[Student], dict[str, float]]:
@@ -131,10 +132,3 @@ def _docs(file: Path) -> list[str]:
 
 def _ids(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(encode(tokenizer, text), dtype=torch.long)
-
-
-def _windows(ids: Tensor, count: int, length: int, seed: int) -> Tensor:
-    if len(ids) <= length:
-        raise TaskError(f"text has {len(ids)} tokens; windows of {length} need more")
-    starts = torch.randint(len(ids) - length, (count,), generator=torch.Generator().manual_seed(seed))
-    return ids[starts[:, None] + torch.arange(length)]

@@ -25,7 +25,7 @@ from headwise.route._rules import (
 from headwise.route._rules_balanced import Balanced, ExpertChoice, Hash
 from headwise.route._rules_soft import Lory, Smear, SoftMoE
 from headwise.route._upcycle import upcycle
-from headwise.route._whole_model import READERS, dense_and_options, fill, save_whole, saved_tokenizer
+from headwise.route._whole_model import READERS, read_whole, save_whole
 from headwise.storage import StrPath
 
 KIND = "moe-lm"
@@ -102,11 +102,12 @@ class MixtureLM:
     @classmethod
     def from_pretrained(cls, folder: StrPath) -> MixtureLM:
         """Read what `save_pretrained` wrote. Raises ArtifactError."""
-        dense, options = dense_and_options(folder, KIND)
-        mixture = Mixture(**options)
-        host = mixture.build(dense)
-        fill(dense, folder, KIND)
-        return cls(dense, host, mixture, saved_tokenizer(folder))
+
+        def build(dense: Any, options: dict[str, Any]) -> MixtureLM:
+            mixture = Mixture(**options)
+            return cls(dense, mixture.build(dense), mixture)
+
+        return read_whole(folder, KIND, build)
 
 
 READERS[KIND] = MixtureLM.from_pretrained

@@ -81,8 +81,8 @@ def text_data(
     for part in (train, eval_):
         if len(part) <= size.length:
             raise TaskError(f"text has {len(part)} bytes in one part; windows of {size.length} need more")
-    rows = _windows(train, (steps or size.steps) * size.batch, size.length, seed + 1)
-    held_out = _windows(eval_, HELD_OUT, size.length, 999)
+    rows = random_windows(train, (steps or size.steps) * size.batch, size.length, seed + 1)
+    held_out = random_windows(eval_, HELD_OUT, size.length, 999)
     return Data(token_rows(rows), token_rows(held_out), byte_tokenizer())
 
 
@@ -112,6 +112,9 @@ def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8) if text else torch.zeros(0)
 
 
-def _windows(data: Tensor, count: int, length: int, seed: int) -> Tensor:
-    starts = torch.randint(len(data) - length, (count,), generator=torch.Generator().manual_seed(seed))
-    return data[starts[:, None] + torch.arange(length)].long()
+def random_windows(ids: Tensor, count: int, length: int, seed: int) -> Tensor:
+    """Windows (count, length) of token ids (N,) that begin where `seed` draws. Raises TaskError for a text that is too short."""
+    if len(ids) <= length:
+        raise TaskError(f"text has {len(ids)} tokens; windows of {length} need more")
+    starts = torch.randint(len(ids) - length, (count,), generator=torch.Generator().manual_seed(seed))
+    return ids[starts[:, None] + torch.arange(length)].long()

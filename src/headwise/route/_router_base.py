@@ -84,6 +84,10 @@ class Rule:
         """Initial state that is saved but not trained."""
         return {}
 
+    def student(self) -> tuple[str, ...]:
+        """Names of the parameters that `Router.freeze` takes out of training."""
+        return ()
+
     def route(self, seen: Seen) -> Routing:
         """The routing of the tokens."""
         raise NotImplementedError
@@ -98,6 +102,18 @@ class Rule:
             factor = 1 + self.jitter * (2 * seen.noise(seen.x, uniform=True) - 1)
             seen = replace(seen, x=seen.x * factor)
         return self.route(seen, **more)
+
+
+def checked_ids(seen: Seen, vocabulary: int, what: str) -> Tensor:
+    """Token ids (B, N) inside 0 … vocabulary − 1; on a GPU the check waits for nobody."""
+    ids = seen.token_ids
+    if ids is None:
+        raise RouteError(f"{what} needs token_ids=(B, N): it looks the unit up by token id")
+    if ids.is_cuda:
+        torch._assert_async(((ids >= 0) & (ids < vocabulary)).all(), f"a token id is outside 0 … {vocabulary - 1}")
+    elif ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise RouteError(f"token ids from {int(ids.min())} to {int(ids.max())}; the table has {vocabulary} ids")
+    return ids
 
 
 def projection(rows: int, width: int, generator: torch.Generator | None, std: float = 0.02) -> Tensor:
@@ -213,6 +229,16 @@ class Router(nn.Module):
         bias += getattr(self.rule, "speed", 0.0) * torch.sign(seen.mean() - seen)
         load.zero_()
         return seen
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Second stage of a two-stage rule: what was distilled chooses from now on. Saved; raises RouteError for other rules."""
+        frozen = self._buffers.get("frozen")
+        if frozen is None:
+            raise RouteError(f"{type(self.rule).__name__} has one stage and nothing to freeze; Stable has two")
+        frozen.fill_(1.0)
+        for name in self.rule.student():
+            self.get_parameter(name).requires_grad_(False)
 
     def extra_repr(self) -> str:
         """The rule, for printing."""

@@ -79,7 +79,7 @@ class Routing:
     # -- losses ------------------------------------------------------------------------------------------------------
 
     def loss(self, coefficients: Mapping[str, float], scope: _losses.Scope = "batch") -> Tensor:
-        """Weighed sum of auxiliary losses by name: balance, z, importance, load, information, entropy, spread.
+        """Weighed sum of auxiliary losses by name: balance, z, importance, load, distil, information, entropy, spread.
 
         Raises RouteError for an unknown name, or where a router lacks what a loss reads.
         """
@@ -110,11 +110,17 @@ class Routing:
         }
         if name in simple:
             return simple[name](self.probs, self.real)
+        if name == "distil" and "student" in self.extra:
+            return _losses.distil_loss(self.extra["student"], self.index, self.used())
+        if name == "distil":
+            raise RouteError("the 'distil' loss needs a router with a second, small one: Stable")
         if name in ("z", "load"):
             raise RouteError(
                 f"the {name!r} loss needs {'logits' if name == 'z' else 'a noisy router in training mode'}"
             )
-        raise RouteError(f"no loss is called {name!r}; there are balance, z, importance, load, {', '.join(simple)}")
+        raise RouteError(
+            f"no loss is called {name!r}; there are balance, z, importance, load, distil, {', '.join(simple)}"
+        )
 
     # -- capacity ----------------------------------------------------------------------------------------------------
 

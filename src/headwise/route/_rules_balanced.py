@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headwise.checks import finite, whole
 from headwise.errors import RouteError
-from headwise.route._router_base import Rule, Seen
+from headwise.route._router_base import Rule, Seen, checked_ids
 from headwise.route._routing import Routing
 
 Pool = Literal["sequence", "batch"]
@@ -139,22 +139,8 @@ class Hash(Rule):
 
     def route(self, seen: Seen) -> Routing:
         """See the class."""
-        ids = seen.token_ids
-        if ids is None:
-            raise RouteError("hash routing needs token_ids=(B, N): it looks the unit up by token id")
-        self._must_be_inside(ids)
+        ids = checked_ids(seen, self.vocabulary, "hash routing")
         index = seen.weights["table"][ids]
         weight = torch.full(index.shape, 1 / self.k, dtype=seen.x.dtype, device=index.device)
         probs = torch.zeros(*ids.shape, seen.experts, dtype=seen.x.dtype, device=index.device)
         return Routing(index, weight, probs.scatter(-1, index, 1 / self.k), real=seen.real)
-
-    def _must_be_inside(self, ids: Tensor) -> None:
-        """On a GPU the check waits for nobody."""
-        if ids.is_cuda:
-            torch._assert_async(
-                ((ids >= 0) & (ids < self.vocabulary)).all(), f"a token id is outside 0 … {self.vocabulary - 1}"
-            )
-        elif ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
-            raise RouteError(
-                f"token ids from {int(ids.min())} to {int(ids.max())}; the table has {self.vocabulary} ids"
-            )

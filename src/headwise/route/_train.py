@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from headwise.checks import finite, whole
-from headwise.errors import RouteError
+from headwise.errors import ArtifactError, RouteError
+from headwise.storage import digest, read_json, write_json
+
+SEAL = "headwise.json"  # in a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,11 @@ def _callback(after_step: Callable[[], Any] | None, title: str | None) -> Any:
                 self.task = self.bar.add_task(title, total=state.max_steps, completed=state.global_step)
                 self.bar.start()
 
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                write_json(place / SEAL, "checkpoint-seal", 1, {"files": _digests(place)})
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if after_step is not None:
                 after_step()
@@ -179,19 +186,25 @@ def _callback(after_step: Callable[[], Any] | None, title: str | None) -> Any:
 
 
 def whole_checkpoint(folder: str | Path | None) -> str | None:
-    """The newest checkpoint in a folder that was written to its end, None without one.
+    """The newest checkpoint in a folder that is as it was written, None without one.
 
-    Trainer writes the state last: a process that died while saving leaves a folder without it, or with half of it.
+    When Trainer has written one, the digests of its files are written beside them: a process that died while saving leaves a folder
+    without, and a file that was damaged since has another. Both are passed over for the checkpoint before.
     """
     found = Path(folder).glob("checkpoint-*") if folder and Path(folder).is_dir() else ()
     numbered = {int(path.name[11:]): path for path in found if path.name[11:].isdecimal()}
     for _, path in sorted(numbered.items(), reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if read_json(path / SEAL, "checkpoint-seal", 1).get("files") == _digests(path):
+                return str(path)
+        except ArtifactError:
             continue
-        return str(path)
     return None
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """Name → digest of the files of a checkpoint."""
+    return {path.name: digest(path) for path in sorted(checkpoint.iterdir()) if path.name != SEAL}
 
 
 def _newest(recipe: Recipe) -> str:

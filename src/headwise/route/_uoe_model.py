@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headwise.attach import find_stack
 from headwise.errors import RouteError
+from headwise.modes import evaluating
 from headwise.route._experts import Experts
 from headwise.route._moe import MoEHost, MoELayer, MoEState
 from headwise.route._router_base import Router, Rule
@@ -20,7 +21,7 @@ from headwise.route._uoe_attention import Positions, SelectiveAttention, check_m
 from headwise.route._uoe_cache import UnionCacheLayer
 from headwise.route._uoe_select import Combine, Over, UnionTopK
 from headwise.route._upcycle import _activation, _block, _dense
-from headwise.route._whole_model import READERS, dense_and_options, fill, save_whole, saved_tokenizer
+from headwise.route._whole_model import READERS, read_whole, save_whole
 from headwise.storage import StrPath
 
 KIND = "uoe"
@@ -113,11 +114,7 @@ class UnionModel:
     @classmethod
     def from_pretrained(cls, folder: StrPath) -> UnionModel:
         """Read what `save_pretrained` wrote. Raises ArtifactError."""
-        dense, options = dense_and_options(folder, KIND)
-        made = cut_model(dense, Cut(**options), 0)
-        fill(made.model, folder, KIND)
-        made.tokenizer = saved_tokenizer(folder)
-        return made
+        return read_whole(folder, KIND, lambda dense, options: cut_model(dense, Cut(**options), 0))
 
 
 READERS[KIND] = UnionModel.from_pretrained
@@ -201,9 +198,8 @@ def _check_same(dense: Any, union: Any, rotary: Any) -> None:
     ones = torch.ones(1, 6, union.experts, device=x.device)
     mask = torch.zeros(1, 1, 6, 6, device=x.device, dtype=x.dtype)
     mask = mask.masked_fill(~torch.ones(6, 6, dtype=torch.bool, device=x.device).tril(), torch.finfo(x.dtype).min)
-    was = dense.training
-    want = dense.eval()(x, position_embeddings=angles, attention_mask=mask)[0]
-    dense.train(was)
+    with evaluating(dense):
+        want = dense(x, position_embeddings=angles, attention_mask=mask)[0]
     mine = union._fresh(x, ones, ones.bool(), angles, None)
     mine = mine if union.o_proj.bias is None else mine + union.o_proj.bias
     if union.positions == "original" and not torch.allclose(mine, want, rtol=0.05, atol=float(0.02 * want.abs().max())):

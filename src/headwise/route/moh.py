@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from headwise.attach import find_stack, fingerprint
-from headwise.attach.projection import hidden_width
+from headwise.attach import find_stack
 from headwise.errors import RouteError
 from headwise.registry import register
-from headwise.route._config import Kind, RouterConfig
-from headwise.route._convert import Choice, kept_heads
-from headwise.route._fit_steps import FitRecipe, fit_router
+from headwise.route._config import Kind
+from headwise.route._convert import Choice, kept_heads, unfitted_router
+from headwise.route._fit_steps import FitRecipe, best_options, fit_router
 from headwise.route._presets import MoHPreset, moh_preset
 from headwise.route._router import HeadRouter
 from headwise.units import HeadScores, HeadSet
@@ -41,13 +38,13 @@ def moh(
     gate_norm: Literal["official", "paper"] = "official",
     ste_scope: Literal["selected", "all", "none"] = "selected",
     beta: float = 0.01,
-    fit_tokens: int = 20480,
-    fit_text: Literal["english", "mixed"] = "english",
+    fit_tokens: int = 12288,
+    fit_text: Literal["english", "mixed"] = "mixed",
     fit_rounds: int = 1,
-    target: Literal["norm", "importance"] = "norm",
-    features: Literal["hidden", "queries"] = "hidden",
-    absent: Literal["zero", "mean", "rest"] = "zero",
-    allocate: Literal["uniform", "sensitivity"] = "uniform",
+    target: Literal["norm", "importance"] | None = None,
+    features: Literal["hidden", "queries"] | None = None,
+    absent: Literal["zero", "mean", "rest"] | None = None,
+    allocate: Literal["uniform", "sensitivity"] | None = None,
     stack: str | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -58,8 +55,8 @@ def moh(
     Works on decoders, encoders and vision transformers that `attach` reaches. Keys and values are untouched: the KV cache does not shrink.
 
     active: share of the heads that run for each token; `str(router)` and its meta say how many that really are.
-    router: norm (norm of the query, no parameters: the paper's conversion), fitted (ridge regression to each head's output
-      norm; best without training), trained (the paper's router, random before training), static (the same heads for all tokens).
+    router: norm (norm of the query, no parameters: the paper's conversion), fitted (ridge regression to what each head
+      contributes; best without training), trained (the paper's router, random before training), static (the same heads for all tokens).
       Default: the preset's kind; fitted for a causal model with a tokenizer, where nothing is said of shared heads or
       importance; else norm.
     shared: which heads always run: first, importance (the best by importance) or none. Default: importance if given, else
@@ -78,11 +75,14 @@ def moh(
     fit_tokens: tokens of packaged text that a fitted router reads.
     fit_text: english, or mixed: English and source code in turn.
     fit_rounds: 2 fits a second time on the model under the first router, which costs the same time again.
-    target: what a fitted router predicts of a head: norm of its output, or importance, the size of the first-order loss change.
-    features: what a fitted router reads of a token: its hidden state, or also how its queries meet its own key and a first key.
-    absent: what a head gives that does not run, with a fitted router: zero, its mean output on the text of the fit, or rest, its
-      mean output over those tokens that do without it.
-    allocate: heads per layer of a fitted router: uniform, or sensitivity, by what leaving them out costs in each layer.
+    target: what a fitted router predicts of a head: importance, the size of the first-order loss change (default for a causal
+      language model), or norm of its output.
+    features: what a fitted router reads of a token: queries, how its queries meet its own key and a first key besides its hidden
+      state (default where the layer hands over such keys), or hidden, the hidden state alone.
+    absent: what a head gives that does not run, with a fitted router: rest, its mean output over those tokens that do without
+      it (default), mean, its mean output on the text of the fit, or zero.
+    allocate: heads per layer of a fitted router: sensitivity, by what leaving them out costs in each layer, so that the share is met
+      to one head of the whole model (default for a causal language model, where nothing is said of layers or shared heads), or uniform.
     `active_heads`: number of heads that run in each layer, instead of one share for all.
 
     Raises RouteError for counts that do not add up, WrongModelError for scores of another model.
@@ -114,42 +114,37 @@ def moh(
         scope=scope,
         preset=chosen,
     )
-    if features != "hidden" and kind != "fitted":
-        raise RouteError(f"features is {features!r} for a {kind!r} router; only a fitted one reads them")
-    made = _router(model, choice, kind, stack, seed, gate_norm=gate_norm, ste_scope=ste_scope, beta=beta)
-    if kind == "fitted":
-        recipe = FitRecipe(
-            tokens=fit_tokens,
-            text=fit_text,
-            rounds=fit_rounds,
-            target=target,
-            features=features,
-            absent=absent,
-            allocate=allocate,
-            total=_total(model, choice, stack) if allocate == "sensitivity" else None,
-            stack=stack,
-            seed=seed,
-            progress=progress,
+    options = {"target": target, "features": features, "absent": absent, "allocate": allocate}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if given and kind != "fitted":
+        name, value = next(iter(given.items()))
+        raise RouteError(f"{name} is {value!r} for a {kind!r} router; only router='fitted' takes it")
+    made = unfitted_router(
+        model, choice, kind, stack=stack, seed=seed, gate_norm=gate_norm, ste_scope=ste_scope, beta=beta
+    )
+    if kind != "fitted":
+        return made
+    free = active_heads is None and not dense_layers and not chosen
+    if allocate == "sensitivity" and not free:
+        raise RouteError(
+            "allocate='sensitivity' sets the heads of each layer: leave active_heads, dense_layers and preset out"
         )
-        if allocate == "sensitivity" and (active_heads is not None or dense_layers or chosen):
-            raise RouteError(
-                "allocate='sensitivity' sets the heads of each layer: leave active_heads, dense_layers and preset out"
-            )
-        return fit_router(made, model, tokenizer, recipe)
-    return made
+    shares = any(route.shared for route in made.config.layers)
+    given = best_options(model, stack, dealt=free and not shares) | given
+    recipe = FitRecipe(
+        tokens=fit_tokens,
+        text=fit_text,
+        rounds=fit_rounds,
+        total=_total(model, choice, stack) if given["allocate"] == "sensitivity" else None,
+        stack=stack,
+        seed=seed,
+        progress=progress,
+        **given,
+    )
+    return fit_router(made, model, tokenizer, recipe)
 
 
 def _total(model: Any, choice: Choice, stack: str | None) -> int:
     """Heads of all layers together, dealt out freely: the share asked for is met to one head, not rounded layer by layer."""
     found = find_stack(model, stack)
     return max(found.layers, kept_heads(choice.active, found.layers * found.heads, choice.rounding))
-
-
-def _router(model: Any, choice: Choice, kind: Kind, stack: str | None, seed: int, **options: Any) -> HeadRouter:
-    """An unfitted router for a model."""
-    print_ = fingerprint(model, stack)
-    routes = choice.static(print_) if kind == "static" else choice.routes(print_)
-    width = hidden_width(find_stack(model, stack)) if kind in ("trained", "fitted") else 0
-    meta = choice.meta(routes)
-    config = RouterConfig(layers=routes, kind=kind, width=width, fingerprint=print_, meta=meta, **options)
-    return HeadRouter(config, generator=torch.Generator().manual_seed(seed))

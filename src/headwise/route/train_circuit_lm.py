@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import torch
 
+from headwise.errors import RouteError
+from headwise.hub import load_model
 from headwise.models.circuit_lm import accuracies, circuit_lm, probes
 from headwise.registry import register
 from headwise.route._recipes import Arm, Data, Job, Student, Trained, follow, settings_of, size_of
 from headwise.route._train import Recipe, whole_checkpoint
 from headwise.storage import StrPath, read_plain_json, write_plain_json
-from headwise.tasks.circuit_mix import circuit_rows, circuit_tokenizer, text_rows
+from headwise.tasks.circuit_mix import Mix, circuit_rows, circuit_tokenizer, text_rows
 from headwise.tasks.pairs import PromptPairs
 
 LOG, HELD_OUT = "log.json", 64
@@ -67,7 +69,9 @@ class Asked(Student):
 def train_circuit_lm(
     *,
     size: Literal["cpu", "gpu"] = "cpu",
+    mix: Mix = "plain",
     steps: int | None = None,
+    start: str | None = None,
     folder: str | None = None,
     save_every: int = 0,
     resume: bool = False,
@@ -75,13 +79,15 @@ def train_circuit_lm(
     seed: int = 0,
     progress: bool = False,
 ) -> Trained:
-    """Train a GPT-2 on packaged text, indirect objects, coloured objects and multiple choice, from scratch.
+    """Train a GPT-2 on packaged text, indirect objects, coloured objects and multiple choice.
 
     Openings, questions, names, objects and words of the prompts that are asked afterwards are not those it is trained on, see
     `headwise.tasks.circuit_mix`. The folder `lm` holds the model in bfloat16 with its tokenizer and `log.json`: answers by step.
 
     size: cpu (4 layers of width 96, 1.2 M tokens, for looking) or gpu (12 layers of 12 heads, width 192, 157 M tokens).
+    mix: what it reads: plain, which the bundled model was trained on, or dense: more answers a document, and openings of any words.
     steps: optimizer steps, instead of the size's.
+    start: a model of this size to go on from, by name or folder, with its tokenizer; by default random weights.
     folder: where checkpoints go.
     save_every: steps between checkpoints; 0 for none.
     resume: continue the run in folder, killed or complete.
@@ -93,21 +99,21 @@ def train_circuit_lm(
     job = Job(
         name="circuit-lm",
         recipe=Recipe(steps=chosen.steps, batch_size=chosen.batch, learning_rate=chosen.rate, seed=seed),
-        settings=settings_of(chosen, size=size, seed=seed),
+        settings=settings_of(chosen, size=size, mix=mix, seed=seed) | ({} if start is None else {"start": start}),
         folder=folder,
         save_every=save_every,
         resume=resume,
         device=device,
         progress=progress,
     )
-    tokenizer = circuit_tokenizer(chosen.vocabulary)
+    first, tokenizer = (None, circuit_tokenizer(chosen.vocabulary)) if start is None else _started(start, chosen)
     asked = probes(tokenizer, count=chosen.probes, seed=seed + 1)
-    rows = circuit_rows(tokenizer, chosen.rows, chosen.length, seed=seed)
+    rows = circuit_rows(tokenizer, chosen.rows, chosen.length, mix=mix, seed=seed)
     held_out = text_rows(tokenizer, HELD_OUT, chosen.length, seed=999, split="eval")
 
     def build(done: object) -> Student:
         shape = {"width": chosen.width, "layers": chosen.layers, "heads": chosen.heads, "length": chosen.length}
-        model = circuit_lm(**shape, vocabulary=chosen.vocabulary, seed=seed)
+        model = first or circuit_lm(**shape, vocabulary=chosen.vocabulary, seed=seed)
         place = None if folder is None else Path(folder) / LOG
         student = Asked(model, prompts=asked, every=max(1, chosen.steps // 10), place=place)
         if place is not None and resume and place.exists():
@@ -121,6 +127,16 @@ def train_circuit_lm(
 
     trained = follow(job, {"lm": Arm(build, Data(rows, held_out, tokenizer), examine=examine)})
     return trained
+
+
+def _started(start: str, chosen: CircuitSize) -> tuple[Any, Any]:
+    """The model to go on from and its tokenizer. Raises RouteError for one of another shape."""
+    model, tokenizer = load_model(start, dtype="float32")
+    wanted = {"n_embd": chosen.width, "n_layer": chosen.layers, "n_head": chosen.heads, "vocab_size": chosen.vocabulary}
+    found = {name: getattr(model.config, name, None) for name in wanted}
+    if found != wanted or tokenizer is None:
+        raise RouteError(f"start={start!r} has {found}; this size has {wanted}, and a tokenizer beside the weights")
+    return model, tokenizer
 
 
 def _step_of(checkpoint: str | None) -> int:

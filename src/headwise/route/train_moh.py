@@ -7,14 +7,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
-from headwise.attach import attach, fingerprint
+from headwise.attach import attach
 from headwise.errors import RouteError
 from headwise.registry import register
-from headwise.route._config import RouterConfig
-from headwise.route._convert import Choice
+from headwise.route._convert import Choice, unfitted_router
 from headwise.route._router import HeadRouter
 from headwise.route._train import Recipe, train_lm
 from headwise.tasks.calibration import calibration_rows
@@ -89,7 +87,7 @@ def train_moh(
     )
     if start is None:
         choice = Choice(active=active, shared=shared, shared_count=shared_count, importance=importance)
-        start = _converted(model, choice, router, beta, seed)
+        start = unfitted_router(model, choice, router, seed=seed, beta=beta)
     if weights not in ("all", "router"):
         raise RouteError(f"weights is {weights!r}; it must be 'all' or 'router'")
     if weights == "router" and not list(start.parameters()):
@@ -105,16 +103,6 @@ def train_moh(
         if tokenizer is not None:
             tokenizer.save_pretrained(save_model)
     return start
-
-
-def _converted(model: Any, choice: Choice, kind: Literal["norm", "trained"], beta: float, seed: int) -> HeadRouter:
-    print_ = fingerprint(model)
-    routes = choice.routes(print_)
-    width = int(model.config.get_text_config().hidden_size) if kind == "trained" else 0
-    config = RouterConfig(
-        layers=routes, kind=kind, width=width, beta=beta, fingerprint=print_, meta=choice.meta(routes)
-    )
-    return HeadRouter(config, generator=torch.Generator().manual_seed(seed))
 
 
 def _tokens(recipe: Recipe, window: int) -> int:

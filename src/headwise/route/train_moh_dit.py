@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
-from headwise.attach import fingerprint
 from headwise.registry import register
-from headwise.route._config import RouterConfig
-from headwise.route._convert import Choice
+from headwise.route._convert import Choice, unfitted_router
 from headwise.route._presets import moh_preset
 from headwise.route._recipes import Job, Student, Trained, settings_of, size_of
 from headwise.route._recipes_flow import SIZES, FlowSize, flow_model, follow_flow
 from headwise.route._recipes_images import ImageSize, image_data
-from headwise.route._router import HeadRouter
 
 
 @register("train", "moh-dit", paper="01")
@@ -85,18 +80,8 @@ def train_moh_dit(
 
     def routed() -> Student:
         made = dense().model
-        print_ = fingerprint(made)
-        routes = choice.routes(print_)
-        config = RouterConfig(
-            layers=routes,
-            kind="trained",
-            width=chosen.width,
-            beta=beta,
-            gate_norm=gate_norm,
-            fingerprint=print_,
-            meta=choice.meta(routes),
-        )
-        return Student(made, HeadRouter(config, generator=torch.Generator().manual_seed(seed)))
+        heads = unfitted_router(made, choice, "trained", seed=seed, beta=beta, gate_norm=gate_norm)
+        return Student(made, heads)
 
     arms = {"routed": routed}
     if control:

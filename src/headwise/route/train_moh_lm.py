@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
-from headwise.attach import fingerprint
 from headwise.registry import register
-from headwise.route._config import RouterConfig
-from headwise.route._convert import Choice
+from headwise.route._convert import Choice, unfitted_router
 from headwise.route._recipes import Arm, Job, Student, Trained, follow, settings_of, size_of
 from headwise.route._recipes_text import SIZES, TextSize, small_llama, text_data, text_name
-from headwise.route._router import HeadRouter
 
 
 @register("train", "moh-lm", paper="01")
@@ -73,18 +68,8 @@ def train_moh_lm(
 
     def routed(done: object) -> Student:
         model = small_llama(chosen, seed=seed)
-        print_ = fingerprint(model)
-        routes = choice.routes(print_)
-        config = RouterConfig(
-            layers=routes,
-            kind="trained",
-            width=chosen.width,
-            beta=beta,
-            gate_norm=gate_norm,
-            fingerprint=print_,
-            meta=choice.meta(routes),
-        )
-        return Student(model, HeadRouter(config, generator=torch.Generator().manual_seed(seed)))
+        heads = unfitted_router(model, choice, "trained", seed=seed, beta=beta, gate_norm=gate_norm)
+        return Student(model, heads)
 
     routed(None)  # options that do not fit are said before texts are read
     rows = text_data(chosen, data, text, seed=seed, scale=size)

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
-from headwise.attach import fingerprint
 from headwise.models.shape_vit import shape_vit
 from headwise.registry import register
-from headwise.route._config import RouterConfig
-from headwise.route._convert import Choice
+from headwise.route._convert import Choice, unfitted_router
 from headwise.route._recipes import Arm, Job, Student, Trained, follow, settings_of, size_of
 from headwise.route._recipes_images import SIZES, ImageSize, image_data
-from headwise.route._router import HeadRouter
 
 
 @register("train", "moh-vit", paper="01")
@@ -82,18 +77,8 @@ def train_moh_vit(
 
     def routed(done: object) -> Student:
         model = dense(done).model
-        print_ = fingerprint(model)
-        routes = choice.routes(print_)
-        config = RouterConfig(
-            layers=routes,
-            kind="trained",
-            width=chosen.width,
-            beta=beta,
-            gate_norm=gate_norm,
-            fingerprint=print_,
-            meta=choice.meta(routes),
-        )
-        return Student(model, HeadRouter(config, generator=torch.Generator().manual_seed(seed)))
+        heads = unfitted_router(model, choice, "trained", seed=seed, beta=beta, gate_norm=gate_norm)
+        return Student(model, heads)
 
     arms = {"routed": Arm(routed, drawn.rows)}
     if control:

@@ -4,7 +4,7 @@
 `InfluenceScorer` scores documents by their need of heads, `important_heads` chooses the heads.
 `attribute` splits a logit difference into all its parts; `find_circuit` gives path patching stage by stage,
 `circuit_edges` and `path_edges` the weighted edges between heads.
-`letter_effects`, `label_pattern` and `letter_space` analyse multiple choice.
+`letter_effects`, `label_pattern` and `letter_space` analyse multiple choice, `mlp_effects` adds the MLPs.
 """
 
 from headwise.registry import expose
@@ -14,6 +14,7 @@ from headwise.score._circuit_edges import Edge, circuit_edges, path_edges
 from headwise.score._influence import Influence, InfluenceScorer, important_heads
 from headwise.score._letter_space import LetterSpace, Quiz, letter_space
 from headwise.score._letters import Effects, LabelPattern, Resample, label_pattern, letter_effects
+from headwise.score._mlp_effects import MlpEffects, mlp_effects
 from headwise.score._residual import Attribution
 from headwise.score.circuit import find_circuit
 from headwise.score.induction import induction_and_echo
@@ -30,6 +31,7 @@ __all__ = [
     "InfluenceScorer",
     "LabelPattern",
     "LetterSpace",
+    "MlpEffects",
     "Quiz",
     "Resample",
     "RetrievalCheck",
@@ -42,6 +44,7 @@ __all__ = [
     "label_pattern",
     "letter_effects",
     "letter_space",
+    "mlp_effects",
     "path_edges",
     "retrieval_check",
     "retrieval_tests",

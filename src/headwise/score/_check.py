@@ -17,7 +17,7 @@ from headwise.attach import find_stack, fingerprint
 from headwise.attach.ablate import ablate
 from headwise.attach.observe import observe
 from headwise.errors import EditError, TaskError, UnitError
-from headwise.score._copying import track
+from headwise.progress import track
 from headwise.tasks import Prompt, english, exact_match, make_passkeys, perplexity
 from headwise.tasks.evaluate import Result
 from headwise.tasks.texts import encode

@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from headwise.attach import fingerprint
 from headwise.errors import ScoreError
-from headwise.score._copying import track
+from headwise.progress import track
 from headwise.score._patching import ROWS, Reduce, Task, column_mask, make_pairs, need_language_model
 from headwise.score._path_batch import PathBatch
-from headwise.score._paths import checked_receivers, checked_through
+from headwise.score._receivers import checked_receivers, checked_through
 from headwise.units import HeadSet, Unit
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def path_edges(
     for name, heads in (("senders", senders), ("receivers", receivers)):
         if not isinstance(heads, HeadSet) or heads.kind != "head":
             raise ScoreError(f"{name}={heads}; edges lead from heads to heads: HeadSet.parse('L9H6,L9H9')")
-        checked_receivers(heads, fingerprint(model), name)
+        checked_receivers(heads, model, name)
     checked_through(through)
     chosen = make_pairs(model, tokenizer, pairs, task, count, seed)
     batch = PathBatch(model, chosen, column_mask(chosen, tokens), freeze_mlps=freeze_mlps, rows=rows)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from headwise.attach.observe import Record, observe
 from headwise.errors import TaskError
+from headwise.progress import track
 from headwise.tasks import Prompt, exact_match
 
 if TYPE_CHECKING:
@@ -184,11 +185,3 @@ def _fits(model: PreTrainedModel, length: int) -> None:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is not None and length > window:
         raise TaskError(f"{length} tokens exceed the model's context of {window}")
-
-
-def track(items: Sequence[Any], title: str, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track as bar
-
-    return bar(items, description=title)

@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from headwise.errors import ScoreError
+from headwise.storage import decoding, parse_json, read_lines
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 ROWS = 1024  # rows of a Parquet file that are in memory at a time
@@ -58,27 +59,19 @@ def write(path: Path, kept: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def _open(path: Path, mode: str, name: str) -> IO[str]:
-    return gzip.open(path, mode, encoding="utf-8") if name.endswith(".gz") else open(path, mode, encoding="utf-8")  # type: ignore[return-value]
-
-
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _open(path, "rt", path.name) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ScoreError(f"{path}:{number}: not a line of JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ScoreError(f"{path}:{number}: a line holds one JSON object, not a {type(row).__name__}")
-            yield f"{path}:{number}", row
+    for where, line in read_lines(path):
+        if line.strip():
+            yield where, parse_json(line, where)
 
 
 def _write_json(partial: Path, path: Path, kept: Iterable[Mapping[str, Any]]) -> int:
     count = 0
-    with _open(partial, "wt", path.name) as file:
+    with (
+        gzip.open(partial, "wt", encoding="utf-8")
+        if path.name.endswith(".gz")
+        else partial.open("w", encoding="utf-8") as file
+    ):
         for row in kept:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
@@ -95,7 +88,7 @@ def _pyarrow() -> Any:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
-    with _pyarrow().parquet.ParquetFile(path) as file:
+    with decoding(path), _pyarrow().parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=ROWS):
             for row in batch.to_pylist():
                 number += 1

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from headwise.attach import HeadCall
-from headwise.score._paths import Paths, Receive, Wave, with_parts
+from headwise.score._paths import Paths, Wave
+from headwise.score._receivers import Receive, project, with_parts
 
 
 class _Caught(Exception):  # noqa: N818 - no error: the pass has shown what it was made for
@@ -42,7 +43,7 @@ def received(paths: Paths, wave: Wave, layer: int, through: str, copies: int) ->
     """Outputs (U, B, N, H, D) of all heads of a layer, each as it would be if only it read what pass A brought there."""
     where = paths.where[:, paths.sweep.start :].repeat(copies, 1)
     change = Catch({layer: range(paths.found.heads)}, through, where)
-    hook = paths._project(wave.read[layer], change, copies)
+    hook = project(paths, wave.read[layer], change, copies)
     handle = paths.blocks.attentions[layer].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with suppress(_Caught):  # the pass ends where the outputs are
@@ -60,7 +61,7 @@ def to_each(
     parts = []
     for some in paths._chunks(senders, paths.sweep.size):
         behind = [l for l in receivers if l > layer]
-        wave = paths.send(layer, some, behind) if behind else None
+        wave = paths.send(layer, some, {l: paths.blocks.attentions[l] for l in behind}) if behind else None
         columns = []
         for l, heads in receivers.items():
             if wave is None or l <= layer:  # nothing flows back

@@ -154,6 +154,15 @@ def watching(stack: ExpertStack, into: dict[int, tuple[Any, ...]]) -> Iterator[N
             handle.remove()
 
 
+def each_choice(experts: Callable[..., Tensor], hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """What an experts module gives for one choice of each token at a time, (T, k, C)."""
+    alone = [
+        experts(hidden, index[:, j : j + 1].contiguous(), weight[:, j : j + 1].contiguous())
+        for j in range(index.shape[1])
+    ]
+    return torch.stack(alone, 1)
+
+
 def split_parts(
     layer: int, module: nn.Module, hidden: Tensor, index: Tensor, weight: Tensor, output: Any, *, shape: tuple[int, ...]
 ) -> Parts:
@@ -163,11 +172,7 @@ def split_parts(
             f"layer {layer}: {type(module).__name__} takes {tuple(index.shape)} choices with {tuple(weight.shape)} weights and "
             f"gives {type(output).__name__}; experts are told apart where one vector (T, C) is the sum over a token's choices"
         )
-    alone = [
-        module(hidden, index[:, j : j + 1].contiguous(), weight[:, j : j + 1].contiguous())
-        for j in range(index.shape[1])
-    ]
-    choices = torch.stack(alone, 1)  # (T, k, C)
+    choices = each_choice(module, hidden, index, weight)
     error = float((choices.sum(1) - output).abs().max())
     if error > TOLERANCE.get(output.dtype, ROUGH) * max(1e-6, float(choices.abs().max())):
         raise AttachError(

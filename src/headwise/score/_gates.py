@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from headwise import modes
 from headwise.attach import HeadCall, attach, find_stack
 from headwise.errors import AttachError
 from headwise.plan import HeadPlan, SinkWindow
@@ -60,27 +61,21 @@ def frozen(model: nn.Module, *, checkpointing: bool = False) -> Iterator[None]:
     `checkpointing` recomputes the activations of each block in the backward pass. Transformers does so only in training mode,
     so the blocks themselves are put into it, and nothing below them.
     """
-    grads = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
     blocks = [m for m in model.modules() if checkpointing and isinstance(m, GradientCheckpointingLayer)]
     before = [{name: vars(m)[name] for name in CHECKPOINT if name in vars(m)} for m in blocks]
     if checkpointing and not blocks:
         raise AttachError(f"{type(model).__name__} has no blocks to checkpoint; pass gradient_checkpointing=False")
-    try:
-        model.requires_grad_(False).eval()
-        for block in blocks:
-            block.training = block.gradient_checkpointing = True
-            block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-        yield
-    finally:
-        for parameter, wanted in grads:
-            parameter.requires_grad_(wanted)
-        for module, mode in modes:
-            module.training = mode
-        for block, old in zip(blocks, before, strict=True):
-            for name in CHECKPOINT:
-                vars(block).pop(name, None)
-            vars(block).update(old)
+    with modes.frozen(model):
+        try:
+            for block in blocks:
+                block.training = block.gradient_checkpointing = True
+                block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+            yield
+        finally:
+            for block, old in zip(blocks, before, strict=True):
+                for name in CHECKPOINT:
+                    vars(block).pop(name, None)
+                vars(block).update(old)
 
 
 def trapezoid(step: int, steps: int) -> float:

@@ -26,6 +26,7 @@ from headwise.attach.ablate import ablate
 from headwise.attach.resume import Resume
 from headwise.checks import whole
 from headwise.errors import ScoreError, UnitError
+from headwise.modes import evaluating
 from headwise.score._check import _mean_outputs
 from headwise.tasks.texts import encode
 from headwise.units import HeadScores, HeadSet
@@ -203,17 +204,15 @@ class InfluenceScorer:
         width = max(map(len, chunks))
         ids = torch.stack([F.pad(chunk, (0, width - len(chunk))) for chunk in chunks]).to(self.model.device)
         mask = torch.stack([F.pad(torch.ones_like(chunk), (0, width - len(chunk))) for chunk in chunks]).to(ids.device)
-        training = self.model.training
-        self.model.eval()
         try:
-            self._prove(ids, mask)
-            with self._resume.recording() if self.share_prefix else nullcontext():
-                columns = [_token_losses(self._logits(ids, mask), ids)]
-            for point, heads in zip(self.points, self.sets, strict=True):
-                with self._from(point), self._weakened(heads):
-                    columns.append(_token_losses(self._logits(ids, mask), ids) if len(heads) else columns[0])
+            with evaluating(self.model):
+                self._prove(ids, mask)
+                with self._resume.recording() if self.share_prefix else nullcontext():
+                    columns = [_token_losses(self._logits(ids, mask), ids)]
+                for point, heads in zip(self.points, self.sets, strict=True):
+                    with self._from(point), self._weakened(heads):
+                        columns.append(_token_losses(self._logits(ids, mask), ids) if len(heads) else columns[0])
         finally:
-            self.model.train(training)
             self._resume.kept = {}
         table = torch.stack(columns, -1).cpu()
         return [table[row, : len(chunk) - 1] for row, chunk in enumerate(chunks)]

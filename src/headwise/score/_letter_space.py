@@ -21,8 +21,9 @@ from headwise.attach import HeadCall, Transform, attach, fingerprint
 from headwise.attach.hook import as_bool
 from headwise.checks import shown, whole
 from headwise.errors import AttachError, ScoreError
+from headwise.modes import evaluating
 from headwise.score._letters import need_decoder, need_labels
-from headwise.score._patching import SHORT, answer, quiet, read_prefix
+from headwise.score._patching import SHORT, answer, read_prefix
 from headwise.tasks.multiple_choice import chosen
 from headwise.tasks.pairs import PromptPairs
 from headwise.units import HeadSet
@@ -134,7 +135,7 @@ def letter_space(
         raise ScoreError(f"no prompt is answered by option {missing[0]} of {C}; take prompts for every option")
     seen: dict[tuple[int, int], dict[str, Tensor]] = {}
     reading = LastRow.of(pairs, {at: _keeping(seen, at) for at in units.pairs()})
-    with torch.no_grad(), quiet(model), attach(model, transforms=[reading]):
+    with torch.no_grad(), evaluating(model), attach(model, transforms=[reading]):
         answer(model, pairs, pairs.ids)
     labels = torch.arange(C).repeat(len(pairs), 1).flatten()
     found = {}
@@ -157,14 +158,14 @@ class Quiz:
         need_decoder(model)
         self.model, self.pairs = model, need_labels(pairs).to(model.device)
         columns = int(self.pairs.last.min())
-        with quiet(model):
+        with evaluating(model):
             self.prefix = read_prefix(model, self.pairs, columns) if columns >= SHORT else None
 
     @torch.no_grad()
     def choose(self, *transforms: Transform) -> tuple[Tensor, Tensor]:
         """(option chosen among the labels (B,), loss −log p(right label) with p over the labels (B,)), with transforms attached."""
         prefix = None if self.prefix is None else self.prefix.copied(1, 0)
-        with quiet(self.model), attach(self.model, transforms=list(transforms)):
+        with evaluating(self.model), attach(self.model, transforms=list(transforms)):
             logits = answer(self.model, self.pairs, self.pairs.ids, 1, prefix)[0]
         among = logits.gather(1, self.pairs.marks["choices"])
         loss = torch.nn.functional.cross_entropy(among, self.pairs.marks["correct"], reduction="none")

@@ -18,7 +18,8 @@ from headwise.attach import HeadCall, find_stack
 from headwise.attach.observe import observe
 from headwise.checks import whole
 from headwise.errors import AttachError, ScoreError
-from headwise.score._patching import ROWS, answer, column_mask, need_language_model, quiet, record
+from headwise.modes import evaluating
+from headwise.score._patching import ROWS, answer, column_mask, need_language_model, record
 from headwise.score._paths import Paths
 from headwise.tasks.pairs import PromptPairs
 from headwise.units import HeadSet
@@ -73,7 +74,7 @@ def letter_effects(
     need_decoder(model)
     pairs = need_labels(pairs).to(model.device)
     heads = range(find_stack(model).heads)
-    with quiet(model):
+    with evaluating(model):
         paths = Paths(model, pairs, column_mask(pairs, "last"), freeze_mlps=True, rows=rows)
         direct, total = [], []
         for layer in track(range(find_stack(model).layers)):
@@ -102,7 +103,7 @@ class Resample:
     def all_heads(cls, model: PreTrainedModel, pairs: PromptPairs) -> Resample:
         """Runs the twins once; `only` then takes some of the heads."""
         pairs, found = need_labels(pairs).to(model.device), find_stack(model)
-        with quiet(model):
+        with evaluating(model):
             z = record(model, pairs, pairs.corrupt).z
         at = torch.arange(len(pairs), device=pairs.ids.device)
         every = HeadSet.of([(layer, head) for layer in range(found.layers) for head in range(found.heads)])
@@ -217,7 +218,7 @@ def label_pattern(model: PreTrainedModel, pairs: PromptPairs, *, recent: int = 3
     C = at.shape[1]
     tests = {f"label {j}": _at(at[:, j].view(-1, 1, 1, 1, 1)) for j in range(C)}
     tests["recent"] = lambda queries, keys: (keys > end - recent) & (keys <= end)
-    with quiet(model), observe(model, rows="last", pair_mass=tests) as seen:
+    with evaluating(model), observe(model, rows="last", pair_mass=tests) as seen:
         answer(model, pairs, pairs.ids)
     mass = torch.stack([seen.table(f"label {j}")[..., -1] for j in range(C)], -1)  # (L, B, H, C)
     correct = pairs.marks["correct"].cpu()

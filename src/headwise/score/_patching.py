@@ -5,10 +5,8 @@ Letters: B pairs, N columns, L layers, H query heads, D head dim, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -68,17 +66,6 @@ def make_pairs(
     if int(max(pairs.ids.max(), pairs.corrupt.max(), pairs.answers.max(), pairs.contrasts.max())) >= vocabulary:
         raise ScoreError(f"the pairs hold a token beyond the {vocabulary} of this model's vocabulary")
     return pairs.to(model.device)
-
-
-@contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside the block: dropout would make two runs differ by chance."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def column_mask(pairs: PromptPairs, tokens: Any) -> Tensor:

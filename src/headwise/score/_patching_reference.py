@@ -18,7 +18,7 @@ from headwise.edits import Edit
 from headwise.score._blocks import Blocks, first, with_first
 from headwise.score._expert_sweep import watching
 from headwise.score._patching import Run, answer
-from headwise.score._paths import with_parts
+from headwise.score._receivers import with_parts
 from headwise.units import HeadSet
 
 if TYPE_CHECKING:
@@ -187,4 +187,51 @@ def _two_passes(
         return arrived
     sending.remove()
     with attach(model, transforms=[_receiving(groups, seen, through, where)]):
+        return answer(model, pairs, pairs.ids)[1]
+
+
+@torch.no_grad()
+def to_experts_one(
+    model: PreTrainedModel,
+    pairs: PromptPairs,
+    base: Run,
+    other: Run,
+    sender: str,
+    receivers: HeadSet,
+    through: str,
+    where: Tensor,
+    freeze_mlps: bool,
+) -> Tensor:
+    """LD (B,) with one head's direct path to experts patched, in two whole passes, a part being the call with all other weights 0."""
+    layer, head = HeadSet.parse(sender).pairs()[0]
+    stack = find_experts(model)
+    arrived: dict[int, tuple[Any, ...]] = {}
+    experts = {one.layer: one.experts for one in stack.layers}
+
+    def freeze(call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
+        wanted = base.z[call.layer].clone()
+        if call.layer == layer:
+            wanted[:, :, head] = other.z[layer][:, :, head]
+        return torch.where(where[..., None, None], wanted, attend())
+
+    def put(l: int, mine: Sequence[int]) -> Callable:
+        def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+            x = arrived[l][0] if "x" in through else args[0]
+            _, index, weight = (arrived[l] if "w" in through else args)[:3]
+            moved = [
+                expert_part(module.forward, (x, index, weight), e) - expert_part(module.forward, args, e) for e in mine
+            ]
+            return output + sum(moved) * where.reshape(-1, 1)
+
+        return hook
+
+    with ExitStack() as inside:
+        if freeze_mlps:
+            _freeze_mlps(model, pairs, where, inside)
+        inside.enter_context(attach(model, transforms=[freeze]))
+        inside.enter_context(watching(stack, arrived))
+        answer(model, pairs, pairs.ids)
+    with ExitStack() as inside:
+        for l, mine in receivers.by_layer().items():
+            inside.callback(experts[l].register_forward_hook(put(l, mine)).remove)
         return answer(model, pairs, pairs.ids)[1]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from headwise.modes import evaluating
 from headwise.score._blocks import at_columns, constant
 from headwise.score._edges import edges
 from headwise.score._expert_sweep import ExpertSweep
-from headwise.score._patching import ROWS, quiet, shares
+from headwise.score._patching import ROWS, shares
 from headwise.score._paths import Paths
 from headwise.score._units import chunks, units_of
 from headwise.units import HeadSet
@@ -29,6 +30,7 @@ class ExpertPaths(Paths):
     """As `Paths`, with experts as senders: what an expert adds goes out behind the attention of its layer."""
 
     made_of = ExpertSweep
+    after_experts = 1
 
     def _sending(self, forwards: dict[nn.Module, Callable], layer: int, units: Sequence[int]) -> None:
         sweep = self.sweep
@@ -87,7 +89,7 @@ class PathBatch:
         """The share (S, R) that each sender carries to each receiver alone; both by layer."""
 
         def run(paths: Paths, bar: Callable[[Any], Any]) -> Tensor:
-            with quiet(self.model):
+            with evaluating(self.model):
                 return edges(paths, senders, receivers, through, bar)
 
         return self._shares(run, reduce, track)

@@ -1,8 +1,8 @@
 """Path patching: what reaches a receiver from a sender on the direct path, and what the receiver makes of it.
 
 Pass A: the sender's output comes from the other run, every other head keeps the clean one, MLPs answer live or are frozen
-too. With attention frozen nothing passes from column to column, so pass A runs on the patched columns alone. Pass B: only what
-the receivers read (q, k or v) is taken from pass A, everything else is live, from the lowest receiver's layer on.
+too. With attention frozen nothing passes from column to column, so pass A runs on the patched columns alone. Pass B
+(`_receivers.py`): only what the receivers read is taken from pass A, everything else is live, from the lowest receiver's layer on.
 
 Letters: B pairs, N columns, P patched columns of a row, L layers, H query heads, D head dim, U senders in a batch.
 """
@@ -11,27 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from headwise.attach import HeadCall, find_stack
+from headwise.attach import find_stack
 from headwise.attach.projection import head_weights, output_projection
 from headwise.errors import ScoreError
+from headwise.modes import evaluating
 from headwise.score._blocks import (
     Blocks,
     Kept,
     at_columns,
     constant,
     first,
-    hidden_of,
     replaced,
     with_first,
     with_hidden,
 )
-from headwise.score._patching import Run, difference, quiet
+from headwise.score._patching import Run, difference
+from headwise.score._receivers import expert_blocks, receive_experts, receive_heads
 from headwise.score._sweep import Sweep
 from headwise.units import HeadSet
 
@@ -40,16 +41,13 @@ if TYPE_CHECKING:
 
     from headwise.tasks.pairs import PromptPairs
 
-COMPONENTS = ("q", "k", "v")
-NO_CACHE = {"past_key_values": None}  # the projections of a layer are looked at; the cache is not to grow by them
-
 
 @dataclass(frozen=True, eq=False)
 class Wave:
-    """What a batch of senders sends, on the patched columns: to watched attention modules `read`, layer -> (U · B, P, C), or, where
-    none is watched, `logits` (U · B, V) of each row's last token."""
+    """What a batch of senders sends, on the patched columns: to watched modules `read`, layer -> the arguments of their call, hidden
+    states (U · B, P, C) among them, or, where none is watched, `logits` (U · B, V) of each row's last token."""
 
-    read: Mapping[int, Tensor]
+    read: Mapping[int, tuple[tuple, dict]]
     logits: Tensor | None
 
 
@@ -57,6 +55,7 @@ class Paths:
     """Path patching of one batch of pairs at one set of columns: `one column a row`, or all real columns."""
 
     made_of: type[Sweep] = Sweep
+    after_experts = 0  # layers above the senders' own from which experts read them
 
     def __init__(
         self,
@@ -70,7 +69,8 @@ class Paths:
     ):
         self.model, self.pairs, self.where, self.stack, self.freeze = model, pairs, where, stack, freeze_mlps
         self.columns = chosen_columns(where, pairs.mask)
-        with quiet(model), torch.no_grad():
+        self.proved = False  # that a layer's experts are a sum, before any of them receives
+        with evaluating(model), torch.no_grad():
             self.found = find_stack(model, stack)
             self.blocks = Blocks(model, self.found, stack)
             self.kept = Kept(self.blocks)
@@ -81,14 +81,14 @@ class Paths:
     def differences(self, receivers: HeadSet | None, through: str = "q", track: Callable[[Any], Any] = iter) -> Tensor:
         """LD (L, U, B) when each unit of each layer reaches the receivers alone, None for the logits."""
         units, after = range(self.sweep.units), []
-        with quiet(self.model), self.sweep.attached():
+        with evaluating(self.model), self.sweep.attached():
             for layer in track(range(self.found.layers)):
                 if self.base.z[layer] is None:  # a layer without experts
                     after.append(self.base.difference.expand(len(units), -1))
                 elif receivers is None:
                     after.append(self.to_logits(layer, units))
                 else:
-                    after.append(self.to_heads(layer, units, receivers, through))
+                    after.append(self.to_units(layer, units, receivers, through))
         return torch.stack(after)
 
     def delta(self, layer: int, heads: Sequence[int]) -> Tensor:
@@ -101,8 +101,8 @@ class Paths:
         return torch.einsum("bpud,udc->ubpc", moved * real, weight[list(heads)].to(z))
 
     @torch.no_grad()
-    def send(self, layer: int, heads: Sequence[int], watch: Sequence[int] = ()) -> Wave:
-        """Pass A of several senders of one layer, on the patched columns only; `watch` lists the layers whose attention reads."""
+    def send(self, layer: int, heads: Sequence[int], watch: Mapping[int, nn.Module] | None = None) -> Wave:
+        """Pass A of several senders of one layer, on the patched columns only; `watch`: modules that read, by layer."""
         U = len(heads)
         attentions, mlps = self.kept.attention, self.kept.mlp
         forwards: dict[nn.Module, Callable] = {}
@@ -114,15 +114,15 @@ class Paths:
                 forwards[self.blocks.mlps[l]] = constant(with_first(mlps[l], same))
         self._sending(forwards, layer, heads)
         start = at_columns(self.kept.entered[layer], self.columns, U)
+        watch = watch or {}
         end = max(watch) + 1 if watch else self.found.layers
         for l in (*range(layer), *range(end, self.found.layers)):  # nobody looks at what these would do
             forwards[self.blocks.blocks[l]] = constant(with_first(self.kept.outputs[l], start))
-        read: dict[int, Tensor] = {}
+        read: dict[int, tuple[tuple, dict]] = {}
         with ExitStack() as inside:
             inside.enter_context(replaced(forwards))
-            for l in watch:
-                hook = _reader(read, l)
-                handle = self.blocks.attentions[l].register_forward_pre_hook(hook, with_kwargs=True)
+            for l, module in watch.items():
+                handle = module.register_forward_pre_hook(_reader(read, l), with_kwargs=True)
                 inside.callback(handle.remove)
             entry = self.blocks.blocks[layer].register_forward_pre_hook(_entry(start), with_kwargs=True)
             inside.callback(entry.remove)
@@ -165,85 +165,19 @@ class Paths:
         return [list(heads[at : at + size]) for at in range(0, len(heads), size)]
 
     @torch.no_grad()
-    def to_heads(self, layer: int, heads: Sequence[int], receivers: HeadSet, through: str) -> Tensor:
-        """LD (U, B) when the senders reach the model only through q, k or v (`through`) of the receivers."""
-        groups = receivers.by_layer()
-        behind = [l for l in sorted(groups) if l > layer]
+    def to_units(self, layer: int, senders: Sequence[int], receivers: HeadSet, through: str) -> Tensor:
+        """LD (U, B) when the senders reach the model only through q, k or v (`through`) of heads, or x or w of experts."""
+        groups, experts = receivers.by_layer(), receivers.kind == "expert"
+        first_behind = layer + (self.after_experts if experts else 1)
+        behind = {l: groups[l] for l in sorted(groups) if l >= first_behind}
         if not behind:
-            return self.base.difference.expand(len(heads), -1)
-        parts = []
-        for some in self._chunks(heads, self.sweep.size):
-            wave = self.send(layer, some, behind)
-            parts.append(self._receive(wave, {l: groups[l] for l in behind}, through, len(some)).view(len(some), -1))
+            return self.base.difference.expand(len(senders), -1)
+        modules = expert_blocks(self, behind) if experts else {l: self.blocks.attentions[l] for l in behind}
+        receive, parts = receive_experts if experts else receive_heads, []
+        for some in self._chunks(senders, self.sweep.size):
+            wave = self.send(layer, some, modules)
+            parts.append(receive(self, wave, behind, through, len(some)).view(len(some), -1))
         return torch.cat(parts)
-
-    def _receive(self, wave: Wave, groups: Mapping[int, Sequence[int]], through: str, copies: int) -> Tensor:
-        """Pass B: LD (U · B,) with the receivers' q, k or v computed from what they read in pass A."""
-        change = Receive(groups, through, self.where[:, self.sweep.start :].repeat(copies, 1))
-        with ExitStack() as inside:
-            for l in groups:
-                hook = self._project(wave.read[l], change, copies)
-                handle = self.blocks.attentions[l].register_forward_pre_hook(hook, with_kwargs=True)
-                inside.callback(handle.remove)
-            return self.sweep.run(min(groups), change, copies)
-
-    def _project(self, read: Tensor, change: Receive, copies: int) -> Callable:
-        """Before a receiving layer runs, run it once on what pass A read, only to see the q, k, v that it makes."""
-        columns = (self.columns - self.sweep.start).repeat(copies, 1)
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if change.capturing:
-                return
-            hidden = hidden_of(args, kwargs)
-            sent = hidden.scatter(1, columns[..., None].expand(-1, -1, hidden.shape[-1]), read.to(hidden.dtype))
-            args, kwargs = with_hidden(args, kwargs | NO_CACHE, sent)
-            change.capturing = True
-            try:
-                module(*args, **kwargs)
-            finally:
-                change.capturing = False
-
-        return hook
-
-
-class Receive:
-    """The transform of pass B: at the receivers, q, k or v of the patched columns are those that pass A makes."""
-
-    def __init__(self, groups: Mapping[int, Sequence[int]], through: str, where: Tensor):
-        checked_through(through)
-        self.groups, self.through, self.where = groups, through, where[:, None, :, None]
-        self.capturing = False
-        self.seen: dict[int, dict[str, Tensor]] = {}
-
-    def __call__(self, call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
-        if call.layer not in self.groups:
-            return attend()
-        if self.capturing:
-            self.seen[call.layer] = {name: getattr(call, name) for name in self.through}
-            B, H, N = call.q.shape[:3]
-            return call.v.new_zeros(B, N, H, call.v.shape[-1])
-        sent = self.seen.pop(call.layer)
-        changed = {name: self._mixed(getattr(call, name), sent[name]) for name in self.through}
-        out = attend().clone()
-        mine = list(self.groups[call.layer])
-        group = call.q.shape[1] // call.k.shape[1]
-        kv_heads = sorted({h // group for h in mine})
-        theirs = with_parts(call, changed).attend(kv_heads=kv_heads)
-        places = [kv_heads.index(h // group) * group + h % group for h in mine]
-        out[:, :, mine] = theirs[:, :, places]
-        return out
-
-    def _mixed(self, own: Tensor, sent: Tensor) -> Tensor:
-        """Own q, k or v, with those of the patched columns from pass A; keys of a prefix stand before the columns."""
-        before = own.shape[2] - sent.shape[2]
-        mixed = torch.where(self.where, sent, own[:, :, before:])
-        return torch.cat([own[:, :, :before], mixed], 2) if before else mixed
-
-
-def with_parts(call: HeadCall, parts: Mapping[str, Tensor]) -> HeadCall:
-    """A call with other queries, keys or values, by the names q, k, v."""
-    q, k, v = (parts.get(name, getattr(call, name)) for name in COMPONENTS)
-    return replace(call, q=q, k=k, v=v)
 
 
 def chosen_columns(where: Tensor, mask: Tensor) -> Tensor:
@@ -257,9 +191,9 @@ def chosen_columns(where: Tensor, mask: Tensor) -> Tensor:
     )
 
 
-def _reader(into: dict[int, Tensor], layer: int) -> Callable:
+def _reader(into: dict[int, tuple[tuple, dict]], layer: int) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        into[layer] = hidden_of(args, kwargs)
+        into[layer] = args, kwargs
 
     return hook
 
@@ -269,19 +203,3 @@ def _entry(hidden: Tensor) -> Callable:
         return with_hidden(args, kwargs, hidden)
 
     return hook
-
-
-def checked_receivers(receivers: HeadSet | None, fingerprint: Any, name: str = "receivers") -> HeadSet | None:
-    """Receivers that the model has; None stands for the logits."""
-    if receivers is not None:
-        receivers.check(fingerprint)
-        if not len(receivers):
-            raise ScoreError(f"{name} is empty; name heads, or leave out receivers= for the logits")
-    return receivers
-
-
-def checked_through(through: str) -> str:
-    """Some of the letters q, k, v."""
-    if not isinstance(through, str) or not through or set(through) - set(COMPONENTS):
-        raise ScoreError(f"through={through!r}; write some of the letters {', '.join(COMPONENTS)}")
-    return through

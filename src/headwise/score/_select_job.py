@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from headwise.checks import whole
 from headwise.errors import ScoreError
+from headwise.progress import track
 from headwise.score._corpus import Fields, kind, rows, write
 from headwise.score._selecting import Scored, Selection, select_by_tokens
+from headwise.storage import decoding, parse_json, read_lines, write_text
+from headwise.storage import field as field_of
 
 if TYPE_CHECKING:
     from headwise.score._influence import InfluenceScorer
@@ -96,7 +99,7 @@ class SelectJob:
 
         count = 0
         with part.open("a", encoding="utf-8") as file:
-            for influence in _bar(scorer.score(texts()), progress, shard):
+            for influence in track(scorer.score(texts()), f"documents of shard {shard}", progress):
                 index, domain = waiting.pop(0)
                 line = {"index": index, "domain": domain, "tokens": influence.tokens, "why": influence.why}
                 line |= {"base": influence.base, "reference": influence.reference, "score": influence.score}
@@ -122,11 +125,8 @@ class SelectJob:
             header, *lines = _lines(self.part(shard))
             heads.add(_digest(header))
             _same(self.part(shard), header, self.asked())
-            found += [
-                Scored(x["index"], x["domain"], x["tokens"], math.nan if x["score"] is None else x["score"])
-                for x in lines
-                if x != END
-            ]
+            with decoding(self.part(shard)):
+                found += [_scored(line) for line in lines if line != END]
         if len(heads) > 1:
             raise ScoreError(
                 f"the parts in {str(self.scores)!r} were made by different runs; delete those of the old one"
@@ -151,11 +151,11 @@ def _resume(part: Path, header: Mapping[str, Any]) -> tuple[int, bool]:
     """(documents that are scored already, whether all are); a new part gets its header, a line cut short is taken away."""
     lines = _lines(part) if part.exists() else []
     if not lines:
-        part.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        write_text(part, json.dumps(header) + "\n")
         return 0, False
     _same(part, lines[0], header)
     ended = lines[-1] == END
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_text(part, "".join(json.dumps(line) + "\n" for line in lines))
     return len(lines) - 1 - ended, ended
 
 
@@ -173,14 +173,13 @@ def _same(part: Path, header: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
 
 def _lines(part: Path) -> list[dict[str, Any]]:
     """The whole lines of a part; a run that was killed may have left half of one at the end."""
-    found = []
-    *texts, last = part.read_text(encoding="utf-8").split("\n")
-    for number, text in enumerate(texts, 1):
-        try:
-            found.append(json.loads(text))
-        except ValueError as error:
-            raise ScoreError(f"{part}:{number}: not a line of JSON: delete the file and score again") from error
-    return found
+    return [parse_json(line, where) for where, line in read_lines(part) if line.endswith("\n")]
+
+
+def _scored(line: Mapping[str, Any]) -> Scored:
+    score = None if line["score"] is None else field_of(line, "score", float)
+    plain = (field_of(line, "index", int), field_of(line, "domain", str), field_of(line, "tokens", int))
+    return Scored(*plain, math.nan if score is None else score)
 
 
 def _whole(part: Path) -> bool:
@@ -198,14 +197,6 @@ def _plain(line: Mapping[str, Any]) -> dict[str, Any]:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {k: [plain(x) for x in v] if isinstance(v, list) else plain(v) for k, v in line.items()}
-
-
-def _bar(items: Any, progress: bool, shard: int) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description=f"documents of shard {shard}", total=None)
 
 
 def share_out(job: SelectJob, make: Any, arguments: Sequence[Any], processes: int) -> None:

@@ -5,7 +5,6 @@ Letters: B images, L layers, H query heads, N tokens, P patches, T prefix tokens
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,17 +98,6 @@ def check_images(model: PreTrainedModel, images: Any, labels: Any = None) -> tup
         raise ScoreError(f"labels must be a tensor of {len(images)} class numbers, one an image")
     images = images.to(model.device, next(model.parameters()).dtype)
     return images, None if labels is None else labels.to(model.device)
-
-
-@contextlib.contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model without dropout; it is put back into its mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def say(model: PreTrainedModel, images: Tensor, stack: Stack, prefix: int) -> Said:

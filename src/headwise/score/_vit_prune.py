@@ -9,6 +9,7 @@ Letters: B images, L layers, H query heads, N tokens, D head dim, C classes, R c
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -90,13 +91,16 @@ class _Copies:
 
     layer: int
     outputs: Tensor
-    heads: Sequence[int]
     how: Prune
     mean: Tensor | None
+    heads: Sequence[int] = ()
+
+    @property
+    def in_layers(self) -> tuple[int]:
+        """The others run as if nothing were attached."""
+        return (self.layer,)
 
     def __call__(self, call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
-        if call.layer != self.layer:
-            return attend()
         B = len(self.outputs)
         out = self.outputs.repeat(len(self.heads), 1, 1, 1)
         for place, head in enumerate(self.heads):
@@ -147,14 +151,41 @@ def sweep(
     size, after = max(1, copies // len(images)), []
     for layer in range(found.layers):
         parts = []
-        for at in range(0, found.heads, size):
-            heads = list(range(at, min(at + size, found.heads)))
-            how = _Copies(layer, seen.outputs[layer], heads, prune, None if mean is None else mean[layer])
-            with _resumed(resume, layer, len(heads)), attach(model, transforms=[how], stack=stack):
-                said = say(model, images.repeat(len(heads), 1, 1, 1), found, where.prefix)
-            parts.append(_unfolded(said, len(heads)))
+        how = _Copies(layer, seen.outputs[layer], prune, None if mean is None else mean[layer])
+        with attach(model, transforms=[how], stack=stack), _idle(found, layer, prune):
+            for at in range(0, found.heads, size):
+                how.heads = range(at, min(at + size, found.heads))
+                copied = (
+                    images.repeat(len(how.heads), 1, 1, 1) if layer == 0 else images
+                )  # else the skipped layers copy
+                with _resumed(resume, layer, len(how.heads)):
+                    said = say(model, copied, found, where.prefix)
+                parts.append(_unfolded(said, len(how.heads)))
         after.append(_joined(parts))
     return intact, after, where
+
+
+@contextlib.contextmanager
+def _idle(stack: Stack, layer: int, how: Prune) -> Iterator[None]:
+    """The projections of q, k and v give zeros where nobody reads them: what the heads of this layer say was recorded."""
+    if how not in ("zero", "mean"):  # the others are made of the values
+        yield
+        return
+    try:
+        linears = [linear for linear in _projections(stack, layer) if "forward" not in vars(linear)]
+    except AttachError:  # projected in another way: they run, and their results go unread
+        linears = []
+    for linear in linears:
+        linear.__dict__["forward"] = functools.partial(_zeros, linear.out_features)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.__dict__["forward"]
+
+
+def _zeros(width: int, x: Tensor) -> Tensor:
+    return x.new_zeros(()).expand(*x.shape[:-1], width)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,10 @@ import torch
 
 from headwise.attach import fingerprint
 from headwise.errors import ScoreError
+from headwise.modes import evaluating
+from headwise.progress import track
 from headwise.registry import register
-from headwise.score._copying import track
-from headwise.score._patching import ROWS, Run, Task, column_mask, make_pairs, need_language_model, quiet
+from headwise.score._patching import ROWS, Run, Task, column_mask, make_pairs, need_language_model
 from headwise.score._sweep import Sweep
 from headwise.score._units import PatchUnit, mean_outputs, sweep_all
 from headwise.tasks.pairs import PromptPairs
@@ -70,7 +71,7 @@ def ablation_effect(
     if how == "resample" and len(chosen) < 2:
         raise ScoreError("how='resample' takes outputs of another prompt; at least two prompts are needed")
     shift = int(torch.randint(1, max(2, len(chosen)), (), generator=torch.Generator().manual_seed(seed)))
-    with quiet(model):
+    with evaluating(model):
         other = _instead(model, chosen, how, unit, shift, rows)
         swept = sweep_all(
             model, unit, chosen, column_mask(chosen, tokens), other, rows=rows,

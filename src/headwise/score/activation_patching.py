@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headwise.attach import fingerprint
 from headwise.errors import ScoreError
+from headwise.modes import evaluating
+from headwise.progress import track
 from headwise.registry import register
-from headwise.score._copying import track
 from headwise.score._patching import (
     ROWS,
     Reduce,
@@ -16,7 +17,6 @@ from headwise.score._patching import (
     column_mask,
     make_pairs,
     need_language_model,
-    quiet,
     shares,
 )
 from headwise.score._sweep import Sweep
@@ -76,7 +76,7 @@ def activation_patching(
         raise ScoreError(f"direction={direction!r}; choose {', '.join(get_args(Direction))}")
     chosen = make_pairs(model, tokenizer, pairs, task, count, seed)
     turned = chosen if direction == "noising" else chosen.swapped()
-    with quiet(model):
+    with evaluating(model):
         swept = sweep_all(
             model, unit, turned, column_mask(turned, tokens), _twin, rows=rows,
             track=lambda items: track(items, "patching", progress),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from headwise.attach import HeadCall, attach, fingerprint
 from headwise.attach.expert_stack import ExpertStack, find_experts
+from headwise.modes import evaluating
 from headwise.registry import register
 from headwise.score._expert_sweep import record_parts
 from headwise.score._patching import (
@@ -19,7 +20,6 @@ from headwise.score._patching import (
     column_mask,
     make_pairs,
     need_language_model,
-    quiet,
     record,
     shares,
 )
@@ -69,7 +69,7 @@ def attribution_patching(
     chosen = make_pairs(model, tokenizer, pairs, task, count, seed)
     where = column_mask(chosen, tokens)
     units_of(model, unit)
-    with quiet(model):
+    with evaluating(model):
         moved, base, other = (_heads if unit == "head" else _experts)(model, chosen, where)
     values = shares(moved.double() + base.double(), base, other, reduce).cpu()
     meta: dict[str, Any] = {"reduce": reduce, "pairs": len(chosen), "seed": seed}

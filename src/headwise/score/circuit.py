@@ -16,6 +16,7 @@ from headwise.registry import register
 from headwise.score._circuit import Circuit, Stage
 from headwise.score._patching import ROWS, Task, column_mask, make_pairs, need_language_model
 from headwise.score._path_batch import PathBatch
+from headwise.score._receivers import checked_through
 from headwise.tasks.pairs import PromptPairs
 from headwise.units import HeadScores, HeadSet
 
@@ -84,6 +85,8 @@ def find_circuit(
     need_language_model(model)
     if not 0 < share <= 1:
         raise ScoreError(f"share={share}; it must lie in (0, 1]")
+    for part in through.split(","):
+        checked_through(part)
     chosen = make_pairs(model, tokenizer, pairs, task, count, seed)
     paths = PathBatch(model, chosen, column_mask(chosen, "last"), freeze_mlps=freeze_mlps, rows=rows)
     made_for = fingerprint(model)

@@ -6,7 +6,7 @@ Three rankings of the same units. `duo-gates` is the paper's optimisation; `duo-
 Letters: L layers, K kv heads, H query heads, G = H / K, N tokens, D head dim, C hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -20,6 +20,7 @@ from headwise.attach.projection import head_weights, output_projection
 from headwise.checks import finite, whole
 from headwise.errors import ScoreError
 from headwise.plan import SinkWindow
+from headwise.progress import track
 from headwise.registry import register
 from headwise.score._gate_files import read_gates, write_gates
 from headwise.score._gates import GateMix, GateOptimiser, MixSource, frozen, need_gates
@@ -103,7 +104,7 @@ def duo_gates(
     lengths = _lengths(model, tokenizer, spec, min_length, max_length)
     distill = penalty = 0.0
     with frozen(model, checkpointing=gradient_checkpointing):
-        for _ in _track(range(steps), "gates", progress):
+        for _ in track(range(steps), "gates", progress):
             length = lengths[int(torch.randint(len(lengths), (), generator=generator))]
             rows = make_passphrases(
                 tokenizer, length=length, generator=generator, batch_size=batch_size, spec=spec, haystack=haystack
@@ -181,7 +182,7 @@ def duo_instant(
     )
     gates = torch.full(need_gates(model), float(alpha), device=_device(model), requires_grad=True)
     with frozen(model), torch.enable_grad(), attach(model, transforms=[GateMix(gates, pattern)]):
-        for loss in _track(losses, "backward passes", progress):
+        for loss in track(losses, "backward passes", progress):
             (loss(sinks + window) / prompts).backward()
     assert gates.grad is not None
     return HeadScores(
@@ -243,7 +244,7 @@ def stream_difference(
     generator = torch.Generator().manual_seed(seed)
     source = english() if haystack is None else haystack
     with torch.no_grad(), frozen(model), attach(model, observers=[see]):
-        for _ in _track(range(texts), "texts", progress):
+        for _ in track(range(texts), "texts", progress):
             ids = draw_tokens(tokenizer, source, length, generator)
             _backbone(model)(input_ids=torch.tensor([ids], device=_device(model)), use_cache=False)
     return HeadScores(
@@ -353,11 +354,3 @@ def _device(model: nn.Module) -> torch.device:
 
 def _backbone(model: nn.Module) -> nn.Module:
     return getattr(model, "base_model", model)
-
-
-def _track(items: Sequence, title: str, progress: bool) -> Iterator:
-    if not progress:
-        return iter(items)
-    from rich.progress import track
-
-    return iter(track(items, description=title))

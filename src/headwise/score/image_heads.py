@@ -17,6 +17,7 @@ from headwise.attach.observe import row_statistics
 from headwise.attach.sinks import SinkTokens, find_sink_dims
 from headwise.checks import finite, numbers
 from headwise.errors import EditError, ScoreError
+from headwise.progress import track
 from headwise.registry import register
 from headwise.tasks.pictures import picture_batches
 from headwise.units import HeadScores
@@ -83,7 +84,7 @@ def image_heads(
     else:
         found = numbers("dims", dims, EditError, width)
     with _Masses(model, found, tau if found else float("inf"), rho, minimum_mass) as record, torch.no_grad():
-        for batch in _track(batches, progress):
+        for batch in track(batches, "image heads", progress):
             model(**{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     return HeadScores(
         values=record.values(measure),
@@ -130,11 +131,3 @@ class _Masses(SinkTokens):
         if measure == "sink-share":
             return self.sink_mass / self.mass.clamp(min=1e-12)
         return (self.centric if measure == "centric" else self.mass) / self.queries
-
-
-def _track(items: Sequence[Any], progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="image heads")

@@ -14,6 +14,7 @@ from headwise.attach import fingerprint
 from headwise.attach.observe import observe
 from headwise.checks import Meta
 from headwise.errors import AttachError, TaskError
+from headwise.modes import evaluating
 from headwise.registry import register
 from headwise.tasks.texts import encode
 from headwise.units import HeadScores
@@ -157,14 +158,9 @@ def probe(model: PreTrainedModel, ids: Tensor, period: int, first: int, progress
         return same(q, k - 1)
 
     rows = range(first + period, len(ids))
-    training = model.training
-    model.eval()
-    try:
-        with observe(model, rows=rows, pair_mass={"induction": behind, "echo": same}) as record:
-            with _working("probing heads", progress):
-                model(ids[None].to(model.device), logits_to_keep=1, use_cache=False)
-    finally:
-        model.train(training)
+    with evaluating(model), observe(model, rows=rows, pair_mass={"induction": behind, "echo": same}) as record:
+        with _working("probing heads", progress):
+            model(ids[None].to(model.device), logits_to_keep=1, use_cache=False)
     return {name: record.table(name)[:, 0].double().mean(-1) for name in ("induction", "echo")}
 
 

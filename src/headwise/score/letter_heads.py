@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headwise.attach import fingerprint
 from headwise.errors import ScoreError
+from headwise.progress import track
 from headwise.registry import register
-from headwise.score._copying import track
 from headwise.score._letters import label_pattern, letter_effects, need_labels
 from headwise.score._patching import ROWS
-from headwise.tasks.multiple_choice import Labels, make_multiple_choice
+from headwise.tasks.multiple_choice import Form, Labels, make_multiple_choice
 from headwise.tasks.pairs import PromptPairs
 from headwise.units import HeadScores
 
@@ -28,6 +28,7 @@ def letter_heads(
     pairs: PromptPairs | None = None,
     count: int = 24,
     labels: Labels = "letters",
+    form: Form = "recall",
     by: By = "direct",
     rows: int = ROWS,
     seed: int = 0,
@@ -44,6 +45,7 @@ def letter_heads(
     pairs: multiple-choice prompts of your own (`headwise.tasks.multiple_choice.choice_pairs`) instead of `count` and `labels`.
     count: number of prompts.
     labels: "letters", "shuffled", "random" or "digits", see `make_multiple_choice`.
+    form: "recall", the label behind its word, or "question", the question first and the label before its word.
     by: "direct", "total" or "attention".
     rows: rows of a folded batch at most; results do not depend on it.
 
@@ -60,10 +62,10 @@ def letter_heads(
         raise ScoreError(f"by={by!r}; choose {', '.join(get_args(By))}")
     if pairs is None and tokenizer is None:
         raise ScoreError("multiple choice needs a tokenizer; give pairs= of your own (choice_pairs)")
-    data = "own pairs" if pairs is not None else f"{count} prompts of multiple choice, {labels}"
+    data = "own pairs" if pairs is not None else f"{count} prompts of multiple choice, {labels}, {form}"
     if pairs is None:
         assert tokenizer is not None
-        pairs = make_multiple_choice(tokenizer, count=count, labels=labels, seed=seed)
+        pairs = make_multiple_choice(tokenizer, count=count, labels=labels, form=form, seed=seed)
     pairs = need_labels(pairs)
     meta: dict[str, Any] = {"by": by, "prompts": len(pairs), "seed": seed}
     if by == "attention":

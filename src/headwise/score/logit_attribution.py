@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from headwise.attach import fingerprint
+from headwise.modes import evaluating
 from headwise.registry import register
-from headwise.score._patching import Task, make_pairs, need_language_model, quiet
+from headwise.score._patching import Task, make_pairs, need_language_model
 from headwise.score._residual import Attribution, split
 from headwise.tasks.pairs import PromptPairs
 from headwise.units import HeadScores
@@ -75,5 +76,5 @@ def attribute(
     """
     need_language_model(model)
     chosen = make_pairs(model, tokenizer, pairs, task, count, seed)
-    with quiet(model):
+    with evaluating(model):
         return split(model, chosen)

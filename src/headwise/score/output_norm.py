@@ -15,6 +15,8 @@ from headwise.attach import HeadCall, Stack, attach, find_stack, fingerprint
 from headwise.attach.projection import head_weights, output_projection
 from headwise.checks import whole
 from headwise.errors import TaskError
+from headwise.modes import evaluating
+from headwise.progress import track
 from headwise.registry import register
 from headwise.tasks.calibration import calibration_rows
 from headwise.units import HeadScores
@@ -59,14 +61,9 @@ def output_norm(
     else:
         data = f"{whole('the number of batches', len(batches), 1, TaskError)} batches"
     norms = _Norms(found)
-    training = model.training
-    model.eval()
-    try:
-        with attach(model, observers=[norms], stack=stack), torch.no_grad():
-            for batch in _track(batches, progress):
-                model(**{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-    finally:
-        model.train(training)
+    with evaluating(model), attach(model, observers=[norms], stack=stack), torch.no_grad():
+        for batch in track(batches, "output norm", progress):
+            model(**{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     values = norms.total / max(norms.count, 1)
     return HeadScores(values=values, method="output-norm", data=data, fingerprint=fingerprint(model, stack))
 
@@ -96,11 +93,3 @@ def contribution_norms(out: Tensor, gram: Tensor) -> Tensor:
     wide = out.detach().float()
     squared = torch.einsum("bnhd,hde,bnhe->bnh", wide, gram, wide)
     return squared.clamp(min=0).sqrt()
-
-
-def _track(items: Sequence[Any], progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="output norm")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from headwise.attach import fingerprint
+from headwise.progress import track
 from headwise.registry import register
-from headwise.score._copying import track
 from headwise.score._patching import ROWS, Reduce, Task, column_mask, make_pairs, need_language_model
 from headwise.score._path_batch import PathBatch
-from headwise.score._paths import checked_receivers
+from headwise.score._receivers import checked_receivers, checked_through
 from headwise.score._units import PatchUnit
 from headwise.tasks.pairs import PromptPairs
 from headwise.units import HeadScores, HeadSet
@@ -41,21 +41,22 @@ def path_patching(
         score[l,h] = (LD(path patched) − LD(prompt)) / (LD(twin) − LD(prompt))
 
     Pass A: the sender's output is the twin's, all other heads are frozen to the prompt's, MLPs answer live unless frozen. Pass B: the
-    receivers read what pass A brought them, everything else is live. arXiv 2310.08744 stores −100 times this. A sender in the
-    layer of the lowest receiver or above scores 0 through it: nothing flows back. Gives HeadScores of "head" (L, H) or "expert" (L, E).
+    receivers read what pass A brought them, everything else is live. arXiv 2310.08744 stores −100 times this. A sender that stands
+    behind every receiver scores 0: nothing flows back. Gives HeadScores of "head" (L, H) or "expert" (L, E).
 
     pairs: prompts and corrupted twins of your own instead of `task` and `count`.
     task: "induction" works with any vocabulary; "ioi" and "colored-objects" need names and colours of one token.
     count: number of pairs.
-    receivers: heads that receive; by default the logits.
-    through: what of the receivers is patched, some of "q", "k", "v". k and v are those of one query head, also where heads share them.
+    receivers: heads, kv heads (all query heads of a group) or experts that receive; by default the logits.
+    through: what of the receivers is patched: of heads some of "q", "k", "v", where k and v are those of one query head, also where heads
+        share them; of kv heads "k", "v"; of experts "x", the hidden states that they compute on, "w", their weights.
     tokens: where senders send and receivers receive: "last", "all"; or one column of each row (from Python).
     unit: what sends: "head", or "expert", whose part goes out behind the attention of its layer.
     freeze_mlps: MLPs too keep the prompt's outputs; the direct path is then the residual stream alone.
     reduce: the ratio of mean effects, or the mean of the pairs' ratios.
     rows: rows of a folded batch at most; results do not depend on it.
 
-    Raises ScoreError for tokens that do not reach the receiver, UnitError for heads that the model lacks.
+    Raises ScoreError for tokens that do not reach the receiver and letters that it lacks, UnitError for units that the model lacks.
 
     >>> from headwise.hub import load_model
     >>> scores = path_patching(*load_model("tiny-random-llama"), count=4, receivers=HeadSet.parse("L2H1"), through="qk")
@@ -63,11 +64,14 @@ def path_patching(
     (True, True)
     """
     need_language_model(model)
-    checked_receivers(receivers, fingerprint(model))
+    named = receivers
+    if receivers is not None:
+        checked_through(through, receivers.kind)
+        receivers = checked_receivers(receivers, model)
     chosen = make_pairs(model, tokenizer, pairs, task, count, seed)
     paths = PathBatch(model, chosen, column_mask(chosen, tokens), unit=unit, freeze_mlps=freeze_mlps, rows=rows)
     values = paths.scores(receivers, through, reduce, lambda layers: track(layers, "path patching", progress))
-    to = "logits" if receivers is None else f"{through} of {receivers}"
+    to = "logits" if named is None else f"{through} of {named}"
     meta: dict[str, Any] = {"receivers": to, "freeze_mlps": freeze_mlps, "reduce": reduce, "pairs": len(chosen)}
     data = "own pairs" if pairs is not None else f"{len(chosen)} pairs of {task}"
     meta["seed"] = seed

@@ -11,6 +11,7 @@ from headwise.attach import HeadCall, attach, find_stack, fingerprint
 from headwise.attention.groups import KVGroup, visible
 from headwise.checks import shown, whole
 from headwise.errors import ScoreError
+from headwise.progress import track
 from headwise.registry import register
 from headwise.tasks import english
 from headwise.tasks.texts import encode
@@ -61,7 +62,7 @@ def reconstruction(
         raise ScoreError(f"tokens is {length}; the packaged text has {len(ids)}")
     ask = torch.tensor(encode(tokenizer, ASK, special=False))
     starts = torch.randint(0, len(ids) - length + 1, (count,), generator=generator).tolist()
-    tables = [read_back(model, ids[at : at + length], ask, reduce) for at in _bar(starts, progress)]
+    tables = [read_back(model, ids[at : at + length], ask, reduce) for at in track(starts, "reading back", progress)]
     return HeadScores(
         values=torch.stack(tables).mean(0),
         kind="kv",
@@ -100,11 +101,3 @@ def strongest(call: HeadCall, begin: int, keys: int) -> Tensor:
         shares = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)[..., :keys]
         best = torch.maximum(best, shares.amax((2, 3)))
     return best
-
-
-def _bar(items: Any, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, "reading back")

@@ -5,8 +5,7 @@ Letters: L layers, B batch, N tokens, H query heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from headwise.attach import HeadCall, attach, find_stack, fingerprint
 from headwise.checks import whole
 from headwise.errors import TaskError
+from headwise.modes import frozen
+from headwise.progress import track
 from headwise.registry import register
 from headwise.tasks.calibration import calibration_rows
 from headwise.units import HeadScores
@@ -64,8 +65,8 @@ def taylor(
     else:
         data = f"{whole('the number of batches', len(batches), 1, TaskError)} batches"
     gates = _Gates(found.layers, found.heads)
-    with _frozen(model), attach(model, transforms=[gates], stack=stack), torch.enable_grad():
-        for batch in _track(batches, progress):
+    with frozen(model), attach(model, transforms=[gates], stack=stack), torch.enable_grad():
+        for batch in track(batches, "taylor", progress):
             gates.add(lambda batch=batch: _summed_loss(model, batch))  # type: ignore[misc]
     return HeadScores(
         values=gates.total / max(gates.count, 1),
@@ -111,26 +112,3 @@ def _summed_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return loss.float() * (
         int((labels != -100).sum()) if isinstance(labels, Tensor) and not labels.is_floating_point() else 1
     )
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients of weights (a backward through activations alone costs half); afterwards as before."""
-    training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for p in wanted:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
-        model.train(training)
-
-
-def _track(items: Sequence[Any], progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="taylor")

@@ -24,6 +24,7 @@ from headwise.attach.divergence import (
 from headwise.attach.images import ImageTokens, decoder_stack
 from headwise.checks import whole
 from headwise.errors import ScoreError
+from headwise.progress import track
 from headwise.registry import register
 from headwise.tasks.pictures import picture_batches
 from headwise.units import HeadScores
@@ -76,7 +77,7 @@ def vhd(
         raise ScoreError("batches is empty; at least one is needed")
     tables = [
         vhd_samples(model, batch, outliers=outliers, metric=metric, reference=reference)
-        for batch in _track(batches, progress)
+        for batch in track(batches, "vhd", progress)
     ]
     values = torch.cat(tables).mean(0)
     return HeadScores(
@@ -153,13 +154,6 @@ class _Outputs(ImageTokens):
     def _record(self, call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
         out = attend()
         table = self.without if self.paused else self.seen
-        table[call.layer] = last_rows(call, out.detach(), self.last).clone()
+        real = None if self.paused else self.real
+        table[call.layer] = last_rows(call, out.detach(), self.last, real).clone()
         return out
-
-
-def _track(items: Sequence[Any], progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="vhd")

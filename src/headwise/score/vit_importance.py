@@ -19,8 +19,10 @@ from torch import Tensor
 from headwise.attach import HeadCall, attach, find_stack, fingerprint
 from headwise.checks import whole
 from headwise.errors import ScoreError
+from headwise.modes import evaluating
+from headwise.progress import track
 from headwise.registry import register
-from headwise.score._vision import Grid, Said, batches, check_images, default_images, evaluating, find_grid, look, say
+from headwise.score._vision import Grid, Said, batches, check_images, default_images, find_grid, look, say
 from headwise.score._vit_prune import METRICS, Prune, check_prune, mean_outputs, measures, sweep, without
 from headwise.units import Fingerprint, HeadScores, HeadSet
 
@@ -133,7 +135,7 @@ def importance_of(
         if prune == "mean":
             mean = mean_outputs(model, [part for part, _ in batches(images, None, batch_size)], stack)
         parts = list(batches(images, labels, batch_size))
-        for part, classes in _track(parts, progress):
+        for part, classes in track(parts, "pruning heads", progress):
             intact, after, where = sweep(model, part, prune=prune, mean=mean, copies=copies, grid=grid, stack=stack)
             rows = [measures(intact, said, classes) for said in after]  # a layer each: (H, B)
             for name in rows[0]:
@@ -339,11 +341,3 @@ def _spatial_cut(head: tuple[int, int], places: Sequence[int], prefix: int, side
         return out
 
     return cut
-
-
-def _track(items: Any, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="pruning heads")

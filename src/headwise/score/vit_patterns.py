@@ -16,8 +16,10 @@ from torch import Tensor
 from headwise.attach import HeadCall, attach, find_stack, fingerprint
 from headwise.checks import whole
 from headwise.errors import ScoreError
+from headwise.modes import evaluating
+from headwise.progress import track
 from headwise.registry import register
-from headwise.score._vision import Grid, batches, check_images, default_images, evaluating, find_grid, look, say
+from headwise.score._vision import Grid, batches, check_images, default_images, find_grid, look, say
 from headwise.score._vit_autoencoder import SIDE, AutoEncoder, clusters, fit, name_of, patterns, plane
 from headwise.score._vit_profile import attention_rows
 from headwise.units import Fingerprint, HeadScores
@@ -161,7 +163,7 @@ def _collect(
         T, parts = where.prefix, []
         total: dict[int, Tensor] = {}
         prefix: dict[int, Tensor] = {}
-        for part, _ in _track(list(batches(images, None, batch_size)), progress):
+        for part, _ in track(list(batches(images, None, batch_size)), "attention patterns", progress):
             own: list[Tensor] = []
 
             def watch(call: HeadCall, out: Tensor, own: list[Tensor] = own) -> None:
@@ -187,11 +189,3 @@ def _plus(total: Tensor | None, part: Tensor) -> Tensor:
 def _prototypes(model: AutoEncoder, latents: Tensor, labels: Tensor) -> Tensor:
     centres = torch.stack([latents[labels == c].mean(0) for c in range(int(labels.max()) + 1)])
     return model.decode(centres).view(-1, 2, SIDE, SIDE)
-
-
-def _track(items: Any, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="attention patterns")

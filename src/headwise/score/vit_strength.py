@@ -20,8 +20,10 @@ from torch import Tensor
 from headwise.attach import HeadCall, attach, find_stack, fingerprint
 from headwise.checks import whole
 from headwise.errors import ScoreError
+from headwise.modes import evaluating
+from headwise.progress import track
 from headwise.registry import register
-from headwise.score._vision import Grid, batches, check_images, default_images, evaluating, find_grid, look, say
+from headwise.score._vision import Grid, batches, check_images, default_images, find_grid, look, say
 from headwise.score._vit_profile import Distance, Profiler, attention_rows, distances
 from headwise.units import Fingerprint, HeadScores
 
@@ -114,7 +116,7 @@ def strength_of(
         where = find_grid(model, images, seen.tokens, grid, stack)
         profiler = Profiler(where, distance, renormalize, without_top)
         with attach(model, observers=[profiler], stack=stack):
-            for part, _ in _track(list(batches(images, None, batch_size)), progress):
+            for part, _ in track(list(batches(images, None, batch_size)), "attention strength", progress):
                 say(model, part, stack_found, where.prefix)
     layers = [profiler.layers[layer] for layer in range(stack_found.layers)]
     tables = {name: torch.stack([one.parts[name] / one.count for one in layers]).float() for name in layers[0].parts}
@@ -150,11 +152,3 @@ def strength_map(
     patch = kept[0][where.prefix :, where.prefix :]
     found = (patch * ring).sum(-1) / ring.sum(-1).clamp(min=1)
     return found.view(where.rows, where.columns).cpu()
-
-
-def _track(items: Any, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="attention strength")

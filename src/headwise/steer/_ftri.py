@@ -21,6 +21,7 @@ from headwise.attach import fingerprint
 from headwise.attach.experts import find_experts, observe_experts
 from headwise.checks import whole
 from headwise.errors import EditError
+from headwise.progress import track
 from headwise.tasks.texts import encode
 from headwise.units import HeadScores
 
@@ -169,7 +170,7 @@ def expert_maps(
     found: list[Tensor] = [torch.empty(0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for members in _bar(batches, progress):
+    for members in track(batches, "expert maps", progress):
         table = _record(model, [rows[i] for i in members], activity, tokens, per_token, new_tokens)
         for member, values in zip(members, table, strict=True):
             found[member] = values
@@ -246,11 +247,3 @@ def _ids(prompt: str | Tensor, tokenizer: PreTrainedTokenizerBase | None, chat: 
     if ids.ndim != 1 or not len(ids):
         raise EditError(f"a prompt is text or token ids (N,) with N >= 1; got shape {tuple(ids.shape)}")
     return ids
-
-
-def _bar(items: Any, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description="expert maps")

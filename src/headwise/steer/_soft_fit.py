@@ -8,10 +8,9 @@ Letters: R tasks, M prompts, L layers, H query heads, D head dim.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from headwise.attach import fingerprint
 from headwise.checks import finite, whole
 from headwise.errors import EditError, TaskError
+from headwise.modes import frozen
+from headwise.progress import track
 from headwise.steer._injection import Injection, inject, last_outputs
 from headwise.steer._task_embedding import TaskEmbedding
 from headwise.tasks.icl import Item, Pair, Template, draw_few_shot, encode_item
@@ -272,29 +273,3 @@ def _held_out(
         total.index_add_(0, rows, row_losses(model, batch).float().cpu())
         count.index_add_(0, rows, torch.ones(len(part)))
     return total / count
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients of parameters and no dropout inside; both back to what they were afterwards."""
-    grads = [(p, p.requires_grad) for p in model.parameters()]
-    training = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        for parameter, _ in grads:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, was in grads:
-            parameter.requires_grad_(was)
-        for module, was in training:
-            module.training = was
-
-
-def track(items: Sequence[Any], title: str, progress: bool) -> Any:
-    """The items, with a progress bar if wanted."""
-    if not progress:
-        return items
-    from rich.progress import track as bar
-
-    return bar(items, description=title)

@@ -1,8 +1,10 @@
 """VAR for one new token in one kernel: attention over all keys, sinks and image alike, in the time of attention alone.
 
 One program reads the keys of one (row, query head) once and keeps three sums: of all keys, of the sinks, of the image that is no sink.
+Keys stand in one tensor (B, K, M, D), or where a table of addresses says (`TABLE`): then nothing depends on the host, and a captured
+step stays right.
 
-Letters: B rows, H query heads, G query heads a kv head, M key columns, C columns of the prompt, D head dim, BM keys of a block.
+Letters: B rows, H query heads, K kv heads, G = H/K, M key columns, C columns of the prompt, D head dim, BM keys of a block.
 """
 
 import triton
@@ -11,26 +13,36 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["C", "M"])
 def redistribute_one(
-    Q, Keys, Values, Codes, Mask, HeadOk, Out, Count, C, M, scale_log2, move, rho, minimum_mass,
+    Q, Keys, Values, Filled, Codes, Mask, HeadOk, Out, Count, C, M, scale_log2, move, rho, minimum_mass,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    MASKED: tl.constexpr, CENTRIC: tl.constexpr, CHOSEN: tl.constexpr,
+    TABLE: tl.constexpr, MASKED: tl.constexpr, CENTRIC: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """O − p·O_sinks + (p·P_sinks / P_rest)·O_rest where the head is image-centric, else O; counts the heads that were edited."""
+    """O − p·O_sinks + (p·P_sinks / P_rest)·O_rest where the head is image-centric, else O; counts the heads that were edited.
+
+    With TABLE, Keys and Values (B, K) int64 are addresses of the first slots and Filled (B, K) int32 says how many are read; codes then
+    go by slot. Without, the tensors themselves, M keys each.
+    """
     b, h = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BD)
     q = tl.load(Q + (b * H + h) * D + d, mask=d < D, other=0.0).to(tl.float32) * scale_log2
-    row = (b.to(tl.int64) * (H // G) + h // G) * M * D
+    kv = b.to(tl.int64) * (H // G) + h // G
+    if TABLE:
+        keys = tl.load(Keys + kv).to(tl.pointer_type(Q.dtype.element_ty))
+        values = tl.load(Values + kv).to(tl.pointer_type(Q.dtype.element_ty))
+        count = tl.load(Filled + kv)
+    else:
+        keys, values, count = Keys + kv * M * D, Values + kv * M * D, M
     top = -1.0e30
     total, sinks, rest, image = 0.0, 0.0, 0.0, 0.0
     o_all, o_sinks, o_rest = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
-    for m0 in range(0, M, BM):
+    for m0 in range(0, count, BM):
         m = m0 + tl.arange(0, BM)
-        seen = m < M
+        seen = m < count
         if MASKED:
             seen = seen & (tl.load(Mask + b * M + m, mask=seen, other=0) != 0)
         inside = seen[:, None] & (d < D)[None, :]
-        k = tl.load(Keys + row + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(Values + row + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        k = tl.load(keys + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(values + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
         logit = tl.where(seen, tl.sum(k * q[None, :], 1), -1.0e30)
         higher = tl.maximum(top, tl.max(logit, 0))
         shrink = tl.exp2(top - higher)

@@ -25,7 +25,7 @@ from headwise.attention.triton._host import (
 
 LONGEST = 4096
 """Keys that one program still reads in the time of a decode step; beyond it the partial sums, which library kernels split, serve."""
-BLOCK = 64
+BLOCK, WARPS = 64, 4
 
 
 def is_dense(call: HeadCall) -> bool:
@@ -94,14 +94,26 @@ def _seen(call: HeadCall, columns: Tensor) -> Tensor:
 
 
 def serves(call: HeadCall) -> bool:
-    """One new token behind a dense cache, on a GPU, with no gradient to be had: what the kernel is for."""
-    if torch.is_grad_enabled() or not call.decoding or not is_dense(call):
+    """One new token behind others, on a GPU, with no gradient to be had, all keys in reach: what the kernel is for."""
+    q = call.q
+    if torch.is_grad_enabled() or not call.decoding or not (q.is_cuda or interpreting()) or call.past >= LONGEST:
         return False
-    q, k, v, mask = call.q, call.k, call.v, call.mask
-    if not (q.is_cuda or interpreting()) or q.dtype not in DTYPES or q.shape[-1] > MAX_HEAD_DIM or k.shape[2] > LONGEST:
+    fits = q.dtype in DTYPES and q.shape[-1] <= MAX_HEAD_DIM and q.is_contiguous()
+    return fits and (by_address(call) or _in_one_piece(call)) and triton_available()
+
+
+def by_address(call: HeadCall) -> bool:
+    """A step on the device whose slots are positions, none missing: every head keeps all, and no token stands for others."""
+    table, patterns = call.table, call.site.patterns
+    if table is None or table.splits is None or table.compensation is not None or patterns is None:
         return False
-    dense = q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and k.shape == v.shape
-    return dense and (mask is None or (mask.shape[0] == q.shape[0] and mask.is_contiguous())) and triton_available()
+    return all(pattern.keeps_all for pattern in patterns) and call.k.shape[-1] == call.v.shape[-1]
+
+
+def _in_one_piece(call: HeadCall) -> bool:
+    k, v, mask = call.k, call.v, call.mask
+    dense = is_dense(call) and k.is_contiguous() and v.is_contiguous() and k.shape == v.shape
+    return dense and (mask is None or (mask.shape[0] == call.q.shape[0] and mask.is_contiguous()))
 
 
 def redistribute(
@@ -116,18 +128,20 @@ def redistribute(
 ) -> Tensor:
     """Head outputs (B, 1, H, D); adds the number of edited (row, head) to `count`.
 
-    codes (B, C) uint8 of the prompt's columns (1 image, 2 sink); heads (H,) uint8: where it may edit. rho None: every head,
-    whatever it looks at.
+    codes (B, C) uint8 of the prompt (1 image, 2 sink) by column, `by_address` by position; heads (H,) uint8: where it may edit.
+    rho None: every head, whatever it looks at.
     """
     from headwise.steer._var_kernel import redistribute_one
 
-    q, k, mask = call.q, call.k, call.mask
+    q, k, table = call.q, call.k, call.table
+    mask = call.mask if table is None else None
+    keys, values, filled = (k, call.v, codes) if table is None else (table.k_ptr, table.v_ptr, table.filled)
     B, H, _, D = q.shape
     out = torch.empty(B, 1, H, D, dtype=q.dtype, device=q.device)
     redistribute_one[(B, H)](
-        q, k, call.v, codes, codes if mask is None else mask.view(torch.uint8), codes if heads is None else heads, out, count,
+        q, keys, values, filled, codes, codes if mask is None else mask.view(torch.uint8), codes if heads is None else heads, out, count,
         codes.shape[1], k.shape[2], call.scale * LOG2E, move, 0.0 if rho is None else rho, minimum_mass,
-        H=H, G=H // k.shape[1], D=D, BD=pad_head_dim(D), BM=BLOCK, MASKED=mask is not None, CENTRIC=rho is not None,
-        CHOSEN=heads is not None,
+        H=H, G=H // k.shape[1], D=D, BD=pad_head_dim(D), BM=BLOCK, TABLE=table is not None, MASKED=mask is not None,
+        CENTRIC=rho is not None, CHOSEN=heads is not None, num_warps=WARPS,
     )  # fmt: skip
     return out

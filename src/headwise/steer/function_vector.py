@@ -13,10 +13,12 @@ from headwise.attach import find_stack, fingerprint
 from headwise.attach.projection import head_weights, output_projection
 from headwise.checks import Meta, whole
 from headwise.errors import EditError
+from headwise.modes import frozen
+from headwise.progress import track
 from headwise.registry import register
 from headwise.steer._injection import Injection, inject
 from headwise.steer._residual import ResidualVector, best_layer
-from headwise.steer._soft_fit import frozen, task_vectors, track
+from headwise.steer._soft_fit import task_vectors
 from headwise.tasks.icl import Item, Pair, Template, draw_few_shot, encode_item, icl_pairs, icl_split
 from headwise.units import HeadScores, HeadSet
 

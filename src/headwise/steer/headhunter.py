@@ -21,8 +21,9 @@ from torch import Tensor
 from headwise import storage
 from headwise.addresses import Fingerprint
 from headwise.attach import fingerprint
-from headwise.checks import whole
+from headwise.checks import finite, whole
 from headwise.errors import ArtifactError, EditError, UnitError
+from headwise.progress import track
 from headwise.registry import register
 from headwise.steer._perturb import Perturbation, strength_table
 from headwise.units import HeadScores, HeadSet, Meta
@@ -215,12 +216,7 @@ def _scored(images: Tensor, objective: Objective, pairs: int) -> float:
 
 
 def _batches(items: Sequence[Any], size: int, label: str, progress: bool) -> Any:
-    groups = [items[i : i + size] for i in range(0, len(items), size)]
-    if not progress:
-        return groups
-    from rich.progress import track
-
-    return track(groups, description=label)
+    return track([items[i : i + size] for i in range(0, len(items), size)], label, progress)
 
 
 def _settings(like: Perturbation, pool: HeadSet, k: int, pairs: int, made_for: Fingerprint) -> dict[str, Any]:
@@ -244,7 +240,12 @@ class _Memory:
                     f"{str(path)!r} holds a search with other settings; give another state file, or delete it"
                 )
             for number, rows in storage.field(payload, "rounds", dict).items():
-                self.rounds[int(number)] = {(int(l), int(h)): float(s) for l, h, s in rows}
+                self.rounds[int(number)] = {
+                    (whole("layer", l, 0, ArtifactError), whole("head", h, 0, ArtifactError)): finite(
+                        "score", s, ArtifactError
+                    )
+                    for l, h, s in rows
+                }
 
     def scores(self, number: int) -> dict[tuple[int, int], float]:
         """Scores of this round that are known already."""

@@ -5,7 +5,6 @@ No training: the maps of labelled prompts are compared (`expert_maps`), the busi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from headwise.errors import EditError
 from headwise.expert_edits import ExpertEdit, ExpertEdits
 from headwise.registry import register
 from headwise.steer._ftri import Activity, Statistic, expert_maps
+from headwise.storage import parse_json, read_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,15 +116,12 @@ def _labelled(
         raise EditError(f"no file at {str(data)!r}; data= is a JSON Lines file of objects with 'prompt' and 'label'")
     texts: list[str | Tensor] = []
     classes: list[str] = []
-    for number, line in enumerate(Path(data).read_text(encoding="utf-8").splitlines(), 1):
+    for where, line in read_lines(data):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise EditError(f"{data}:{number}: not a line of JSON: {error}") from error
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("prompt", "label")):
-            raise EditError(f"{data}:{number}: a line is an object with the texts 'prompt' and 'label'")
+        row = parse_json(line, where)
+        if not all(isinstance(row.get(name), str) for name in ("prompt", "label")):
+            raise EditError(f"{where}: a line is an object with the texts 'prompt' and 'label'")
         texts.append(row["prompt"])
         classes.append(row["label"])
     return texts, classes

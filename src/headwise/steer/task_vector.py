@@ -10,9 +10,9 @@ import torch
 from headwise.attach import fingerprint
 from headwise.checks import Meta, whole
 from headwise.errors import EditError
+from headwise.modes import frozen
 from headwise.registry import register
 from headwise.steer._residual import ResidualVector, best_layer, last_hidden
-from headwise.steer._soft_fit import frozen
 from headwise.tasks.icl import Pair, Template, draw_few_shot, encode_item, icl_pairs, icl_split
 
 if TYPE_CHECKING:

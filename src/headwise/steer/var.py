@@ -126,7 +126,8 @@ class Redistributed(SinkTokens):
         self.rule = rule
         self._selected: dict[int, Tensor] = {}
         self._heads: dict[int, Tensor] = {}
-        self.attach_with(InLayers(self._transform, rule.layers, own_attention=True))
+        self._asked: tuple[Tensor, Tensor] | None = None  # queries of the pass at hand, and their columns
+        self.attach_with(InLayers(self._transform, rule.layers, own_attention=True, counts=True))
 
     def begin(self, ids: Tensor, mask: Tensor) -> None:
         """Forget what was seen of the prompt before."""
@@ -162,7 +163,7 @@ class Redistributed(SinkTokens):
     def _by_rows(self, call: HeadCall, out: Tensor, queries: Tensor) -> Tensor:
         """The rows that may be edited, in blocks, by their weights; the others are not looked at."""
         B, H, N, D = call.q.shape
-        columns, codes = _columns_of(queries), self.codes(call.layer)
+        columns, codes = self._columns(queries), self.codes(call.layer)
         step = max(1, BLOCK // (B * H * call.k.shape[2]))
         for part in columns.split(step, 1):
             rows = few_rows.Rows.of(call, codes, part)
@@ -175,9 +176,17 @@ class Redistributed(SinkTokens):
             out = new if N == 1 else out.scatter(1, at, new)
         return out
 
+    def _columns(self, queries: Tensor) -> Tensor:
+        """`_columns_of` once a pass: all layers ask for the same queries, and counting them waits for the device."""
+        if self._asked is None or self._asked[0] is not queries:
+            self._asked = queries, _columns_of(queries)
+        return self._asked[1]
+
     def _count(self, layer: int, chosen: Tensor) -> None:
-        """Stays on its device: a decode step waits for nothing."""
-        self._selected[layer] = chosen.sum() + self._selected.get(layer, 0)
+        """Stays on its device, in one tensor a prompt: a decode step waits for nothing, and may be captured."""
+        if layer not in self._selected:
+            self._selected[layer] = torch.zeros((), dtype=torch.long, device=chosen.device)
+        self._selected[layer] += chosen.sum()
 
     def _one_token(self, call: HeadCall) -> Tensor:
         """A decode step on a GPU: attention and redistribution in one kernel."""
@@ -186,7 +195,7 @@ class Redistributed(SinkTokens):
             self._selected[layer] = torch.zeros((), dtype=torch.long, device=call.q.device)
         return few_rows.redistribute(
             call,
-            self.codes(layer),
+            self.codes(layer, by_position=few_rows.by_address(call)),
             None if rule.heads is None else self._allowed(call).view(torch.uint8),
             self._selected[layer],
             move=rule.move,
@@ -219,7 +228,7 @@ class Redistributed(SinkTokens):
         """
         tests = {name: _of_key(test) for name, test in self._keys(call.layer).items()}
         B, H, N = call.q.shape[:3]
-        columns = _columns_of(queries)
+        columns = self._columns(queries)
         found = row_statistics(call, (), tests, columns)
         at = columns[:, None].expand(-1, H, -1)
         return {name: values.new_zeros(B, H, N).scatter(2, at, values) for name, values in found.items()}

@@ -112,7 +112,7 @@ class ReinforcedHeads(ImageTokens):
         self.divergence: dict[int, Tensor] = {}
         self.heads: dict[int, Tensor] = {}
         self.factors: dict[int, Tensor] = {}
-        self.attach_with(InLayers(self._transform, rule.layers))
+        self.attach_with(InLayers(self._transform, rule.layers, counts=True))
 
     def begin(self, ids: Tensor, mask: Tensor) -> None:
         """One pass of the decoder over the batch without its images, before the pass with them."""
@@ -127,7 +127,7 @@ class ReinforcedHeads(ImageTokens):
             return out
         self.check_call(call)
         if self.fresh and layer not in self.factors:
-            self._choose(layer, last_rows(call, out.detach())[:, 0])
+            self._choose(layer, last_rows(call, out.detach(), real=self.real)[:, 0])
         factors = self.factors[layer]  # float32, so that the products are too: in float16 they may overflow on the way
         if torch.is_grad_enabled():
             return (out * factors).to(out.dtype)

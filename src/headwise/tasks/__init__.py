@@ -1,14 +1,14 @@
 """Tasks: texts, prompts with a known answer, and the measures taken on them. No network, every draw from a generator."""
 
-from .agreement import Agreement, continuations, make_documents
-from .evaluate import Result, exact_match, generate_match, perplexity, wilson, window_losses
-from .keyvalue import make_keyvalues
-from .needle import NEEDLES, Needle, make_needle, make_needles
-from .passkey import make_passkey, make_passkeys
-from .passphrases import Passphrases, PassphraseSpec, context_lengths, make_passphrases
-from .prompts import Prompt, even_depths, find_span, insert_needle
-from .stories import stories
-from .texts import code, english, windows
+from headwise.tasks.agreement import Agreement, continuations, make_documents
+from headwise.tasks.evaluate import Result, exact_match, generate_match, perplexity, wilson, window_losses
+from headwise.tasks.keyvalue import make_keyvalues
+from headwise.tasks.needle import NEEDLES, Needle, make_needle, make_needles
+from headwise.tasks.passkey import make_passkey, make_passkeys
+from headwise.tasks.passphrases import Passphrases, PassphraseSpec, context_lengths, make_passphrases
+from headwise.tasks.prompts import Prompt, even_depths, find_span, insert_needle
+from headwise.tasks.stories import stories
+from headwise.tasks.texts import code, english, windows
 
 __all__ = [
     "Agreement",

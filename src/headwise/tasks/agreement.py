@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import TaskError
-from .batches import padded
-from .prompts import build_to_length
-from .texts import encode
+from headwise.errors import TaskError
+from headwise.progress import track
+from headwise.tasks.batches import padded
+from headwise.tasks.prompts import build_to_length
+from headwise.tasks.texts import encode
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -139,15 +140,8 @@ def continuations(
         raise TaskError(f"new_tokens={new_tokens} and batch_size={batch_size} must be at least 1")
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    if progress:
-        from rich.progress import track
-
-        parts = list(parts)
-        steps: Any = track(parts, description="summaries")
-    else:
-        steps = parts
     found: dict[int, list[int]] = {}
-    for members in steps:
+    for members in track(parts, "summaries", progress):
         ids, mask = (x.to(model.device) for x in padded([prompts[i] for i in members]))
         options: dict[str, Any] = {} if cache is None else {"past_key_values": cache()}
         with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from .prompts import Prompt
+from headwise.tasks.prompts import Prompt
 
 Padding = Literal["left", "right"]
 

@@ -8,15 +8,17 @@ generalisation. Held-out words are seen in the word lists alone. Letters: R rows
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from headwise.errors import TaskError
+from headwise.tasks._circuit_words import MORE_NAMES, MORE_OBJECTS, MORE_WORDS
 from headwise.tasks.colored_objects import COLORS, OBJECTS
 from headwise.tasks.ioi import NAMES, PLACES, THINGS
 from headwise.tasks.multiple_choice import RANDOM, WORDS
@@ -28,19 +30,6 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of a token that is not to be predicted."""
 
-MORE_NAMES = (
-    "Ruth", "Oscar", "Clara", "Henry", "Lucy", "Arthur", "Julia", "Victor", "Nora", "Felix", "Rosa", "Hugo", "Irene", "Walter",
-    "Diana", "Edgar", "Maria", "Louis", "Sophie", "Ralph", "Grace", "Otto", "Eva", "Carl", "Ellen", "Bruno", "Ida", "Philip",
-    "Vera", "Max",
-)  # fmt: skip
-MORE_OBJECTS = (
-    "hat", "box", "lamp", "chair", "coin", "glove", "scarf", "basket", "candle", "brush", "fork", "spoon", "pillow", "clock",
-    "mirror", "towel", "shoe", "button",
-)  # fmt: skip
-MORE_WORDS = (
-    "snow", "rain", "wind", "tree", "leaf", "grass", "sheep", "wolf", "fish", "salt", "sugar", "rice", "copper", "steel", "glass",
-    "wood", "sea", "island", "village", "bridge", "doctor", "farmer", "pilot", "baker",
-)  # fmt: skip
 HELD_OUT = {"names": NAMES[-6:], "objects": OBJECTS[-4:], "words": WORDS[-4:]}
 """In no document of the three tasks."""
 
@@ -144,6 +133,25 @@ def ioi_document(draw: Draw) -> list[Piece]:
     return opening + fill(draw.one(IOI_CLOSES), S=subject, O=other, **slots | {"thing": draw.one(THINGS)})
 
 
+def worded_document(draw: Draw) -> list[Piece]:
+    """As `ioi_document`, behind common words in any order with the two names among them, so that no wording is a sign of the task."""
+    first, second = draw.some(_known("names"), 2)
+    subject, other = (first, second) if draw.unit() < 0.5 else (second, first)
+    words = [draw.one(common_words()) for _ in range(2 + draw.below(11))]
+    at, then = sorted(draw.some(range(len(words) + 1), 2))
+    words = [*words[:at], first, *words[at:then], second, *words[then:]]
+    opening: list[Piece] = [(" " + word, False) for word in words] + [(draw.one((".", ",")), False)]
+    return opening + fill(draw.one(IOI_CLOSES), S=subject, O=other, thing=draw.one(THINGS))
+
+
+@cache
+def common_words(count: int = 400) -> tuple[str, ...]:
+    """The most frequent words of the packaged English that stand in no task."""
+    found = Counter(re.findall(r"\b[a-z]{2,}\b", english()))
+    barred = {word.lower() for word in every_word()}
+    return tuple([word for word, _ in found.most_common(2 * count) if word not in barred][:count])
+
+
 def colors_document(draw: Draw) -> list[Piece]:
     """One or two questions about three coloured objects; no colour and no object stands in both."""
     colors, objects = draw.some(COLORS, 6), draw.some(_known("objects"), 6)
@@ -153,6 +161,32 @@ def colors_document(draw: Draw) -> list[Piece]:
         pieces += [("\n", False), ("Q:", False)] if start else [("Q:", False)]
         pieces += _scene(draw, colors[start : start + 3], objects[start : start + 3], objects[asked])
         pieces.append((" " + colors[asked].capitalize(), True))
+    return pieces
+
+
+def asked_document(draw: Draw) -> list[Piece]:
+    """Three coloured objects, and a question about each."""
+    colors, objects, order = draw.some(COLORS, 3), draw.some(_known("objects"), 3), draw.some(range(3), 3)
+    pieces: list[Piece] = [("Q:", False), *_scene(draw, colors, objects, objects[order[0]])]
+    for at in order:
+        if at != order[0]:
+            pieces += [("\n", False), ("Q:", False), *fill(draw.one(ASKED), object=objects[at])]
+        pieces.append((" " + colors[at].capitalize(), True))
+    return pieces
+
+
+def pairs_document(draw: Draw) -> list[Piece]:
+    """Colours with objects, then the colour of every object: what a thing is like stands before it."""
+    count = 2 + draw.below(5)
+    colors, objects = draw.some(COLORS, count), draw.some(_known("objects"), count)
+    pieces = [
+        piece
+        for c, o in zip(colors, objects, strict=True)
+        for piece in ((" " + c, False), (" " + o, False), (",", False))
+    ]
+    pieces.append(("\n", False))
+    for at in draw.some(range(count), count):
+        pieces += [(" " + objects[at], False), (":", False), (" " + colors[at].capitalize(), True), (",", False)]
     return pieces
 
 
@@ -214,12 +248,21 @@ def list_document(draw: Draw) -> list[Piece]:
 
 DOCUMENTS: dict[str, Callable[[Draw], list[Piece]]] = {
     "ioi": ioi_document,
+    "worded": worded_document,
     "colors": colors_document,
+    "asked": asked_document,
+    "pairs": pairs_document,
     "choice": choice_document,
     "lists": list_document,
 }
-SHARES = {"text": 0.15, "ioi": 0.2, "colors": 0.2, "choice": 0.35, "lists": 0.1}
-"""Of the rows. Text rows are predicted token by token, the others at their answers."""
+Mix = Literal["plain", "dense"]
+MIXES: dict[str, dict[str, float]] = {
+    "plain": {"ioi": 0.2, "colors": 0.2, "choice": 0.35, "lists": 0.1, "text": 0.15},
+    "dense": {
+        "ioi": 0.08, "worded": 0.07, "colors": 0.13, "asked": 0.12, "pairs": 0.08, "choice": 0.3, "lists": 0.07, "text": 0.15,
+    },
+}  # fmt: skip
+"""Shares of rows; of text all tokens are predicted, else answers."""
 EOS = "<|end|>"
 
 
@@ -268,20 +311,31 @@ class Rows(Sequence[Mapping[str, Tensor]]):
 
 
 def circuit_rows(
-    tokenizer: PreTrainedTokenizerBase, count: int, length: int, *, seed: int = 0, code_chars: int = 4_000_000
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    *,
+    mix: Mix = "plain",
+    seed: int = 0,
+    code_chars: int = 4_000_000,
 ) -> Rows:
-    """`count` rows in the proportions of `SHARES`; whole documents of one kind, from the first column on, each closed by the end token."""
+    """`count` rows in the shares of a mix; whole documents of one kind, from the first column on, each closed by the end token.
+
+    Raises TaskError for an unknown mix.
+    """
+    if mix not in MIXES:
+        raise TaskError(f"mix={mix!r}; choose {', '.join(MIXES)}")
     draw = Draw(torch.Generator().manual_seed(seed))
     ids = torch.full((count, length), int(tokenizer.eos_token_id), dtype=torch.int16)
     wanted = torch.zeros(count, length, dtype=torch.bool)
     words: dict[str, list[int]] = {}
     at = 0
-    for kind, document in DOCUMENTS.items():
-        for row in range(round(SHARES[kind] * count)):
-            tokens, answers = _packed(document, draw, tokenizer, words, length)
+    for kind, share in [item for item in MIXES[mix].items() if item[0] in DOCUMENTS]:
+        for row in range(round(share * count)):
+            tokens, answers = _packed(DOCUMENTS[kind], draw, tokenizer, words, length)
             ids[at + row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int16)
             wanted[at + row, : len(tokens)] = torch.tensor(answers)
-        at += round(SHARES[kind] * count)
+        at += round(share * count)
     texts = text_rows(tokenizer, count - at, length, seed=seed, code_chars=code_chars)
     ids[at:], wanted[at:] = texts.ids, texts.wanted
     return Rows(ids, wanted)

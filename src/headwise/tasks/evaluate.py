@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch.nn import functional as F
 
-from ..errors import TaskError
-from .batches import Batch, Padding, collate, groups
-from .prompts import Prompt
-from .texts import windows
+from headwise.errors import TaskError
+from headwise.modes import evaluating
+from headwise.progress import track
+from headwise.tasks.batches import Batch, Padding, collate, groups
+from headwise.tasks.prompts import Prompt
+from headwise.tasks.texts import windows
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -214,7 +216,7 @@ def window_losses(
     rows = windows(ids[:tokens], window)
     losses = []
     with _measuring(model):
-        for batch in _track(rows.split(_positive(batch_size)), "perplexity", progress):
+        for batch in track(rows.split(_positive(batch_size)), "perplexity", progress):
             batch = batch.to(model.device)
             losses.append(_losses(model, batch, window if through == "one-forward" else step, through, cache))
     return torch.cat(losses)
@@ -232,7 +234,7 @@ def _match(
     _check_context(model, max(len(p.ids) + len(p.answer_ids) for p in prompts))
     predicted: dict[int, torch.Tensor] = {}
     with _measuring(model):
-        for members in _track(groups(prompts, _positive(batch_size)), "exact match", progress):
+        for members in track(groups(prompts, _positive(batch_size)), "exact match", progress):
             rows = predict(collate([prompts[i] for i in members], model.device)).cpu()
             predicted.update(zip(members, rows, strict=True))
     right = [predicted[i] == prompt.answer_ids for i, prompt in enumerate(prompts)]
@@ -341,13 +343,8 @@ def _check_through(through: str) -> None:
 @contextlib.contextmanager
 def _measuring(model: PreTrainedModel) -> Iterator[None]:
     """No gradients, no dropout; afterwards the model is in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        yield
 
 
 def _check_context(model: PreTrainedModel, length: int) -> None:
@@ -362,11 +359,3 @@ def _positive(batch_size: int) -> int:
     if batch_size < 1:
         raise TaskError(f"batch_size={batch_size}; at least 1")
     return batch_size
-
-
-def _track(items: Sequence[T], title: str, progress: bool) -> Iterable[T]:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description=title)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import TaskError
-from .prompts import Prompt, _locate
-from .texts import encode, english
+from headwise.errors import TaskError
+from headwise.tasks.prompts import Prompt, _locate
+from headwise.tasks.texts import encode, english
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

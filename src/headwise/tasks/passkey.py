@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import TaskError
-from .prompts import Layout, Prompt, build_prompt, even_depths
+from headwise.errors import TaskError
+from headwise.tasks.prompts import Layout, Prompt, build_prompt, even_depths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import TaskError
-from .texts import draw_tokens, encode
+from headwise.errors import TaskError
+from headwise.tasks.texts import draw_tokens, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

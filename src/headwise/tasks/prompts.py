@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..errors import TaskError
-from .texts import draw_text, encode
+from headwise.errors import TaskError
+from headwise.tasks.texts import draw_text, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import TaskError
-from .prompts import Prompt, find_span
-from .texts import draw_text, encode
+from headwise.errors import TaskError
+from headwise.tasks.prompts import Prompt, find_span
+from headwise.tasks.texts import draw_text, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

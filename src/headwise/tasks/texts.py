@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..errors import TaskError
+from headwise.errors import TaskError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

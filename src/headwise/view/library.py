@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from safetensors import SafetensorError, safe_open
-
 from headwise.edits import HeadEdits
 from headwise.errors import HeadwiseError, ViewError
 from headwise.expert_edits import ExpertEdits
 from headwise.papers import Reproduction
 from headwise.plan import HeadPlan
-from headwise.storage import StrPath, read_plain_json
+from headwise.storage import StrPath, kind_of, read_plain_json, read_text
 from headwise.units import Fingerprint, HeadScores, HeadSet
 from headwise.view.points import Points
 
@@ -148,11 +146,9 @@ def _read(path: Path, name: str) -> list[Item]:
 
 
 def _read_tensors(path: Path, name: str) -> Iterator[tuple[str, Kind, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            label = (file.metadata() or {}).get("headwise", "")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ViewError(f"{name} is no safetensors file ({str(error).splitlines()[0][:120]})") from error
+    label = kind_of(path)
+    if label is None:
+        raise ViewError(f"{name} is no safetensors file; write it again with headwise, or take it away")
     if label in READERS and label != "head-edits":  # tensors of edits belong to the JSON file beside them
         kind, load = READERS[label]
         yield name, kind, load(path)
@@ -165,7 +161,7 @@ def _read_json(path: Path, name: str) -> Iterator[tuple[str, Kind, Any]]:
         kind, load = READERS[label]
         yield name, kind, load(path)
     elif {"paper", "claim", "expected", "holds"} <= set(document):
-        yield name, "record", Reproduction.from_json(path.read_text(encoding="utf-8"))
+        yield name, "record", Reproduction.from_json(read_text(path))
     elif isinstance(findings := document.get("findings"), dict):
         yield name, "report", findings
         if "budgets" in findings:

@@ -6,7 +6,7 @@ Letters: L layers, H query heads, N tokens, V vocabulary or classes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -190,11 +190,6 @@ class Live:
         return Effect(
             self.predict(sample, by_steps=by_steps), self.predict(sample, by_steps=by_steps, plan=plan, edits=edits)
         )
-
-    def ablations(self, sample: Sample, units: Sequence[Unit], mode: Mode = "zero") -> list[Effect]:
-        """The effect of taking out each of these heads alone."""
-        before = self.predict(sample)
-        return [Effect(before, self.predict(sample, edits=ablation(unit, mode))) for unit in units]
 
     def others(self, unit: Unit, count: int, seed: int = 0) -> list[Unit]:
         """`count` random heads that are not `unit`: what taking out any head would do."""
