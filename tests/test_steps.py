@@ -150,6 +150,26 @@ def test_generate_in_steps_writes_the_same_text(name, lengths):
     assert torch.equal(*texts)
 
 
+def test_steps_ask_a_mask_nothing(monkeypatch):
+    """Looking at a mask makes the host wait, which a graph forbids: once steps have begun, nobody does.
+
+    While a graph is recorded transformers makes a mask even where causality says it all; so it does here.
+    """
+    monkeypatch.setattr("transformers.masking_utils._ignore_causal_mask_sdpa", lambda *_, **__: False)
+    model, cache, asked = tiny(), HeadwiseCache(half(tiny())), []
+    look = headwise.attach.controller._only_causal
+
+    def looked(mask, start, past):
+        asked.append(cache.steps is not None)
+        return look(mask, start, past)
+
+    monkeypatch.setattr("headwise.attach.controller._only_causal", looked)
+    with headwise.attach(model, plan=cache.plan) as attached:
+        attached.controller.steps_everywhere = True
+        generate(model, padded((20, 9)), new=6, past_key_values=cache)
+    assert cache.steps is not None and asked and not any(asked)
+
+
 def test_masks_with_a_rule_of_their_own_end_the_steps():
     """A token that is hidden behind the prompt: steps end, and the outputs are those without them."""
     model = tiny()
