@@ -21,8 +21,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headwise.attention import KVGroup, Queries, split_by_pattern
-from headwise.attention.backends import Request, choose, serve
-from headwise.attention.groups import Table, key_positions
+from headwise.attention.backends import Request, choose, serve, take_heads
+from headwise.attention.groups import Table, key_positions, query_heads
 from headwise.errors import AttachError
 from headwise.plan import Full, Pattern
 
@@ -265,6 +265,5 @@ def _weighted(v: Tensor, positions: Tensor, key_weight: Callable | None, ones: b
 
 
 def _query_slice(x: Tensor, kv_heads: Sequence[int], total: int) -> Tensor:
-    """Query heads (dim 1) of some kv heads."""
-    G = x.shape[1] // total
-    return x[:, [h * G + g for h in kv_heads for g in range(G)]]
+    """Query heads (dim 1) of some of `total` kv heads."""
+    return take_heads(x, query_heads(tuple(kv_heads), x.shape[1] // total))

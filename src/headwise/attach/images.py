@@ -86,9 +86,9 @@ def text_only(model: nn.Module) -> Iterator[None]:
 class ImageTokens:
     """Follows the forward passes of a vision-language model and knows which positions are image tokens.
 
-    `table` (B, P) bool by position; `fresh` whether the pass at hand begins a prompt; `prompt_end` (B,) the positions of the
-    prompt. Subclasses get `begin` at each prompt and may attach transforms with `attach_with`. A pass without cache whose
-    ids continue those of the last one (`generate(use_cache=False)`) is not fresh.
+    `table` (B, P) bool by position; `fresh` whether the pass at hand begins a prompt. Subclasses get `begin` at each prompt and may
+    attach transforms with `attach_with`. A pass without cache whose ids continue those of the last one (`generate(use_cache=False)`)
+    is not fresh.
     """
 
     def __init__(self, model: nn.Module):
@@ -163,7 +163,6 @@ class ImageTokens:
             self._read = ids
         if self.fresh:
             self._require_images()
-            self.prompt_end = self.positions.amax(1) + 1
             self.begin(ids, self.real)
 
     def _continues(self, ids: Tensor, given: Mapping[str, Any]) -> bool:
