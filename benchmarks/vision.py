@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from timing import graphed
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -179,17 +180,8 @@ def _graphs(step: Step, around: dict[str, Callable[[], Any]], rounds: int) -> di
     graphs = {}
     for name, opened in around.items():
         with opened():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    step()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            graphs[name] = graph
-    return _over_plain(medians({name: graph.replay for name, graph in graphs.items()}, "cuda", rounds))
+            graphs[name] = graphed(step)
+    return _over_plain(medians(graphs, "cuda", rounds))
 
 
 @torch.no_grad()
