@@ -233,3 +233,22 @@ def test_a_graph_needs_to_be_told_where_tokens_stand_and_leaves_other_forwards_a
     assert not blind.placed(position, even)
     blind.remove()
     assert "forward" not in owner.__dict__
+
+
+def test_a_dropped_cache_is_freed_at_once():
+    """No ring of references: gigabytes must not wait for the garbage collector."""
+    import gc
+    import weakref
+
+    keys = torch.randn(1, K, 12, D)
+    plan = HeadPlan.uniform(SinkWindow(2, 5), layers=2, kv_heads=K)
+    gc.disable()
+    try:
+        cache = HeadwiseCache(plan).fill(keys, keys)
+        steps = cache.begin_steps(everywhere=True)
+        assert steps is not None and steps.tables[0].groups()
+        held = weakref.ref(cache), weakref.ref(steps), weakref.ref(cache.layers[0].stores[0])
+        del cache, steps
+        assert [ref() for ref in held] == [None] * 3
+    finally:
+        gc.enable()

@@ -9,6 +9,7 @@ Letters: L layers, B batch, K kv heads, Kg heads of one ring, C slots, D head di
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,8 +55,12 @@ class Steps:
         self.k_ptr, self.v_ptr, self.p_ptr = both[0], both[1], both[2]
 
     def _table(self, layer: int) -> Table:
+        this = weakref.ref(self)  # no ring of references: a dropped cache is freed at once, without the garbage collector
+
         def groups() -> list[KVGroup]:
-            return self.groups(layer)
+            steps = this()
+            assert steps is not None
+            return steps.groups(layer)
 
         if not self.fast:
             return Table(self.at[layer], self.at[layer], self.filled[layer], groups)
