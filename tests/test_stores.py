@@ -8,6 +8,7 @@ import torch
 
 import headwise
 from headwise import Elastic, Full, HeadPlan, HeadwiseCache, SinkWindow
+from headwise.attention import KVGroup
 from headwise.cache import HeadwiseLayer
 from tiny_helper import allocated, random
 
@@ -123,3 +124,35 @@ def test_the_buffer_of_a_full_head_grows_by_a_64th():
             held, copies = cache.layers[0].stores[0].k, copies + 1
         assert step == 0 or cache.layers[0].stores[0].slots <= (6400 + step) * 65 / 64 + 1
     assert copies <= 13
+
+
+@pytest.mark.parametrize(
+    ("pattern", "cut", "promised"),
+    [
+        (SinkWindow(4, 8), [20, 16, 9], 2),
+        (SinkWindow(0, 8), [3, 5, 30], 2),
+        (SinkWindow(3, 40), [20, 1, 1, 16, 1, 12], 2),  # nothing has left the window before the chunks
+        (
+            SinkWindow(4, 8),
+            [20, 1, 1, 16, 12],
+            1,
+        ),  # after steps the window has turned, after a chunk it stands in order
+    ],
+)
+def test_what_is_held_in_order_is_a_text_without_its_middle(pattern, cut, promised):
+    """Where `in_order` is promised, the same window over slots alone reads the same: a kernel needs no positions."""
+    layer = HeadwiseLayer([(pattern, (0, 1))], dense_prefill=False)
+    k, v, q = (random(2, heads, sum(cut), 8, seed=heads) for heads in (2, 2, 4))
+    begin = 0
+    for count in cut:
+        new = slice(begin, begin + count)
+        layer.update(k[:, :, new], v[:, :, new])
+        (group,), offset, _ = layer.take(None)
+        begin += count
+        if not group.in_order or group.positions is None:
+            continue
+        promised -= 1
+        told = headwise.attention(q[:, :, new], groups=[group], offset=offset, backend="reference")
+        by_slots = KVGroup(group.heads, group.k, group.v, pattern=pattern)
+        torch.testing.assert_close(headwise.attention(q[:, :, new], groups=[by_slots], backend="reference"), told)
+    assert promised == 0

@@ -72,6 +72,7 @@ class WindowStore(Store):
             exact = reads_all and (self.frozen is not None or self.slots - chunk == self.pattern.kept(new.offset))
         else:
             exact = new.count == 1 and (reads_all or self.slots == self.pattern.kept(new.offset + new.count))
+        held = self.slots - chunk == self.pattern.kept(new.offset)
         return KVGroup(
             heads=self.heads,
             k=self.k,
@@ -81,6 +82,7 @@ class WindowStore(Store):
             tail=chunk,
             compensation=self._compensation(),
             complete=exact and new.start is None,
+            in_order=chunk > 1 and held and new.start is None and self.next == self.pattern.sinks,
         )
 
     def _append(self, k: Tensor, v: Tensor, new: Columns) -> None:

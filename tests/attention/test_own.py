@@ -6,7 +6,7 @@ import torch
 import headwise
 from headwise.attention import Compensation, KVGroup, attention
 from headwise.attention.crossover import Crossover
-from headwise.cache import HeadwiseCache
+from headwise.cache import HeadwiseCache, HeadwiseLayer
 from headwise.errors import AttentionError
 from headwise.hub import load_model
 from headwise.plan import Full, HeadPlan, SinkWindow
@@ -112,3 +112,21 @@ def test_chunks_behind_their_past():
     close(found.out, attention(q, groups=groups, offset=800, backend="reference"))
     joined = attention(q, groups=groups, offset=800, backend="sdpa")
     close(joined, found.out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cut", [[500, 300, 200], [100, 64, 900]])
+def test_chunks_behind_a_window_in_order(cut):
+    """A prompt in chunks under a plan of sinks and windows: whatever the layers hold, our kernel reads it as the reference does."""
+    layer = HeadwiseLayer([(Full(), (0, 3)), (SinkWindow(16, 128), (1, 2))], dense_prefill=False)
+    N = sum(cut)
+    q, k, v = draw(2, 8, N, 64), draw(2, 4, N, 64, seed=1), draw(2, 4, N, 64, seed=2)
+    begin = 0
+    for count in cut:
+        new = slice(begin, begin + count)
+        layer.update(k[:, :, new], v[:, :, new])
+        groups, offset, _ = layer.take(None)
+        found = attention(q[:, :, new], groups=groups, offset=offset, explain=True)
+        assert offset == 0 or found.ran.backend == "triton"
+        close(found.out, attention(q[:, :, new], groups=groups, offset=offset, backend="reference"))
+        begin += count

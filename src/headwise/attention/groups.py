@@ -64,7 +64,9 @@ class KVGroup:
     Shapes: k (B, Kg, S, D), v (B, Kg, S, Dv). `positions` (B, 1 or Kg, S) says which real token a slot holds, -1 for an
     empty slot; None means that slot t holds column t. The last `tail` slots hold the newest columns in order (the
     chunk being read). `complete` promises that every slot before the tail holds a token that the pattern lets every query see, and that
-    in the tail causality is the whole rule: without a mask of the model's own, none is built.
+    in the tail causality is the whole rule: without a mask of the model's own, none is built. `in_order` promises, of rows without
+    padding, that the slots are the pattern's sinks and then tokens without a gap up to the newest: counted in slots instead of positions,
+    sinks and window mean the same.
     """
 
     heads: tuple[int, ...]
@@ -75,6 +77,7 @@ class KVGroup:
     tail: int = 0
     compensation: Compensation | None = None
     complete: bool = False
+    in_order: bool = False
     selection: Selection | None = None
 
     def with_values(self, v: Tensor) -> KVGroup:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from headwise.attention.triton import SplitPlan
 
 HEAD_DIMS = range(16, 257, 16)
-CHUNK = 64  # queries from which a chunk behind its past goes to our kernel
+CHUNK = 64  # queries from which a chunk behind its past, or behind a window, goes to our kernel
 
 
 class Own:
@@ -94,8 +94,8 @@ class Own:
         kinds = {type(g.pattern) for g in groups if not g.pattern.keeps_all}
         if kinds == {SinkWindow} and not request.compensated and all(g.positions is None for g in groups):
             return "windowed"
-        behind = queries.count >= CHUNK and any(sdpa.past_and_chunk(g, queries) for g in groups)
-        return "chunk" if behind and _hopper(request.q) else None
+        ours = (_behind(g, queries, request.q) or (g.in_order and _window(g, queries)) for g in groups)
+        return "chunk" if any(ours) else None
 
 
 def unable(x: Tensor) -> str | None:
@@ -132,6 +132,18 @@ def _readable_whole(group: KVGroup, queries: Queries) -> bool:
     in_order = group.positions is None and queries.offset + 1 == S and group.pattern.kept(S) == S
     strides = group.k.stride(-1) == 1 and group.k.stride(2) == group.v.stride(2) == group.k.shape[-1]
     return ((group.complete and group.tail == 0) or in_order) and strides
+
+
+def _behind(group: KVGroup, queries: Queries, q: Tensor) -> bool:
+    """A chunk behind a past that every query sees whole, where our kernel is faster than the library's two calls."""
+    long = queries.count >= CHUNK and group.compensation is None
+    return long and sdpa.past_and_chunk(group, queries) and _hopper(q)
+
+
+def _window(group: KVGroup, queries: Queries) -> bool:
+    """Sinks and a window in dense keys, or a chunk of them behind what a cache holds in order."""
+    ordered = group.positions is None or (group.in_order and queries.count >= CHUNK)
+    return isinstance(group.pattern, SinkWindow) and ordered and group.compensation is None
 
 
 def _routed(request: Request) -> tuple[Tensor, Tensor | None]:
@@ -302,8 +314,8 @@ def _windowed_lse(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> 
 
 def _span(q: Tensor, group: KVGroup, queries: Queries, scale: float, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Windows and chunks behind their past by our kernel, other heads by the library's."""
-    behind = queries.count >= CHUNK and group.compensation is None and sdpa.past_and_chunk(group, queries)
-    if not behind and (not isinstance(group.pattern, SinkWindow) or group.positions is not None):
+    behind = _behind(group, queries, q)
+    if not behind and not _window(group, queries):
         return sdpa.attend(q, group, queries, scale, need_lse=need_lse)
     from headwise.attention.triton import span_attention
 
