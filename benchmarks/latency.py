@@ -49,7 +49,7 @@ def main() -> None:
     gpu = given.device == "cuda"
     batch, tokens = (4, 32768) if gpu else (2, 4096)
     measured = (
-        {"batches": (1, 8), "lengths": (1024, 16384, 65536)}
+        {"batches": (1, 4, 8), "lengths": (1024, 16384, 65536)}
         if gpu
         else {"batches": (1, 4), "lengths": (256, 2048, 8192)}
     )
@@ -80,7 +80,7 @@ def met(model: Any, batch: int, tokens: int, device: str, capture: bool, measure
     scores = headwise.HeadScores(values=drawn, kind="kv", method="random")
     full = headwise.HeadPlan.full(*heads)
     whole = timed.of_plan(full, length=tokens, batch=batch)
-    least = max(timed.floor_ms, timed.fixed_ms + batch * timed.row_ms)
+    least = max(timed.floor_ms, timed.empty(batch))
     rows = []
     for share in (0.2, 0.4, 0.6, 0.8):
         target = least + share * (whole - least)
@@ -90,7 +90,7 @@ def met(model: Any, batch: int, tokens: int, device: str, capture: bool, measure
         ms = statistics.median(step_ms(model, plan, batch, tokens, device, capture) for _ in range(3))
         row = {"target_ms": target, "predicted_ms": timed.of_plan(plan, length=tokens, batch=batch), "measured_ms": ms}
         rows.append({**row, "full_heads": len(plan.full_heads()), "of": len(scores), "over_target": ms / target - 1})
-    fitted = {name: getattr(timed, name) for name in ("floor_ms", "fixed_ms", "row_ms", "rate", "worst")}
+    fitted = {name: getattr(timed, name) for name in ("floor_ms", "empty_ms", "rate", "worst")}
     points = [asdict(point) for point in timed.points]
     whole_ms = step_ms(model, full, batch, tokens, device, capture)
     ends = {"empty_predicted_ms": least, "whole_predicted_ms": whole, "whole_measured_ms": whole_ms}

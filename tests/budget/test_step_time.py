@@ -29,7 +29,16 @@ def points(**how):
 
 def test_the_fit_finds_the_line():
     timed = StepTime.fit(points(), **LABELS)
-    assert (timed.fixed_ms, timed.row_ms, timed.rate) == pytest.approx((3.0, 0.5, 2e6), rel=1e-6) and timed.worst < 1e-6
+    assert dict(timed.empty_ms) == pytest.approx({1: 3.5, 4: 5.0, 8: 7.0}, rel=1e-6)
+    assert timed.rate == pytest.approx(2e6, rel=1e-6) and timed.worst < 1e-6
+    assert [timed.empty(batch) for batch in (1, 2, 6, 8, 10)] == pytest.approx([3.5, 4.0, 6.0, 7.0, 8.0], rel=1e-6)
+
+
+def test_a_batch_that_is_dearer_than_the_line_between_its_neighbours_is_kept_as_measured():
+    """Products of four rows may be slower than those of eight; a line through all batches would promise too much."""
+    timed = StepTime.fit([replace(p, ms=p.ms + 0.9 * (p.batch == 4)) for p in points()], **LABELS)
+    assert timed.empty(4) == pytest.approx(5.9, rel=1e-6) and timed.empty(8) == pytest.approx(7.0, rel=1e-6)
+    assert StepTime.fit([p for p in points() if p.batch == 4], **LABELS).empty(1) == pytest.approx(5.0, rel=1e-6)
 
 
 def test_a_host_that_is_waited_for_is_a_floor_not_a_part_of_the_line():
@@ -66,7 +75,14 @@ def test_files(tmp_path, monkeypatch):
     timed = StepTime.fit(points(), **LABELS)
     timed.save(tmp_path / "a.json")
     assert StepTime.load(tmp_path / "a.json") == timed
-    for name, value in (("rate", 0.0), ("points", []), ("dtype", "bfloat"), ("points", [[1, 2, 3]]), ("head_dim", 0)):
+    for name, value in (
+        ("rate", 0.0),
+        ("points", []),
+        ("dtype", "bfloat"),
+        ("points", [[1, 2, 3]]),
+        ("head_dim", 0),
+        ("empty_ms", [[1]]),
+    ):
         broken = json.loads((tmp_path / "a.json").read_text()) | {name: value}
         (tmp_path / "b.json").write_text(json.dumps(broken))
         with pytest.raises(ArtifactError):

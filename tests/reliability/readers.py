@@ -114,8 +114,7 @@ def step_time() -> StepTime:
         head_dim=16,
         fingerprint=MODEL,
         floor_ms=1,
-        fixed_ms=0.5,
-        row_ms=0.1,
+        empty_ms=((1, 0.6), (4, 0.9)),
         rate=1e6,
         points=points,
     )

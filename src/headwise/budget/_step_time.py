@@ -45,12 +45,14 @@ class Point:
 class StepTime:
     """Milliseconds of a decode step of one model on one device:
 
-        ms(bytes, B) = max(floor, fixed + row · B + bytes / rate)
+        ms(bytes, B) = max(floor, empty(B) + bytes / rate)
 
-    `floor_ms` is the fastest step that was measured (launches and Python, on a GPU), `fixed_ms` what weights cost, `row_ms` what a row
-    of the batch costs, `rate` the bytes of keys and values that a millisecond reads. Fitted by non-negative least squares of relative
-    errors to `points`. Beyond the measured batches and bytes it is an extrapolation. `captured` steps ran as CUDA graphs
-    (`attach(…, capture=True)`), where the host is hardly waited for; the plan then has to be attached so too.
+    `floor_ms` is the fastest step that was measured (launches and Python, on a GPU), `empty_ms` what a step of so many rows costs without
+    keys, (batch, ms) for every batch that was measured: products of few rows are served by other kernels from batch to batch, so no line
+    goes through them. `rate` are the bytes of keys and values that a millisecond reads. Fitted by non-negative least squares of relative
+    errors to `points`. Between measured batches `empty` is interpolated, beyond them and beyond the bytes it is an extrapolation.
+    `captured` steps ran as CUDA graphs (`attach(…, capture=True)`), where the host is hardly waited for; the plan then has to be
+    attached so too.
 
     >>> points = [Point(1, 100, 1000, 2.0), Point(1, 900, 9000, 10.0), Point(4, 100, 4000, 5.0), Point(4, 900, 36000, 37.0)]
     >>> model = Fingerprint(architecture="Toy", config_hash="0", layers=1, heads=2, kv_heads=1)
@@ -65,8 +67,7 @@ class StepTime:
     fingerprint: Fingerprint
     captured: bool = False
     floor_ms: float
-    fixed_ms: float
-    row_ms: float
+    empty_ms: tuple[tuple[int, float], ...]
     rate: float
     points: tuple[Point, ...]
 
@@ -80,16 +81,17 @@ class StepTime:
         slow = [point for point in points if point.ms > ABOVE * floor]
         used = slow if len({p.nbytes for p in slow}) >= 3 else list(points)
         scale = max(point.nbytes for point in used)
-        rows = [[1.0, p.batch, p.nbytes / scale] for p in used]
+        batches = sorted({point.batch for point in used})
+        rows = [[*(float(p.batch == batch) for batch in batches), p.nbytes / scale] for p in used]
         times = np.array([point.ms for point in used])
-        (fixed, row, slope), _ = nnls(np.array(rows) / times[:, None], np.ones(len(used)))
+        (*empty, slope), _ = nnls(np.array(rows) / times[:, None], np.ones(len(used)))
         if slope <= 0:
             raise PlanError(
                 f"steps behind {min(p.nbytes for p in used)} and {scale} bytes of cache took the same time: measure longer texts or "
                 "larger batches, where the cache is what is waited for"
             )
-        found = {"floor_ms": floor, "fixed_ms": float(fixed), "row_ms": float(row), "rate": float(scale / slope)}
-        return cls(points=tuple(points), **(labels | found))
+        pairs = tuple(zip(batches, map(float, empty), strict=True))
+        return cls(points=tuple(points), floor_ms=floor, empty_ms=pairs, rate=float(scale / slope), **labels)
 
     @property
     def token_bytes(self) -> int:
@@ -101,9 +103,18 @@ class StepTime:
         """The largest relative error at a measured point."""
         return max(abs(self.ms(p.nbytes, p.batch) / p.ms - 1) for p in self.points)
 
+    def empty(self, batch: int) -> float:
+        """Milliseconds of a step of so many rows before any key is read, by the line between the measured batches around it."""
+        known = self.empty_ms
+        if len(known) == 1:
+            return known[0][1]
+        right = next((i for i, (b, _) in enumerate(known) if b >= batch and i), len(known) - 1)
+        (b0, ms0), (b1, ms1) = known[right - 1 : right + 1]
+        return max(0.0, ms0 + (ms1 - ms0) * (batch - b0) / (b1 - b0))
+
     def ms(self, nbytes: float, batch: int = 1) -> float:
         """Predicted milliseconds of a step that reads so many bytes, all rows together."""
-        return max(self.floor_ms, self.fixed_ms + self.row_ms * batch + nbytes / self.rate)
+        return max(self.floor_ms, self.empty(batch) + nbytes / self.rate)
 
     def of_plan(self, plan: HeadPlan, *, length: int, batch: int = 1) -> float:
         """Predicted milliseconds of a step under a plan, behind `length` tokens a row."""
@@ -116,7 +127,7 @@ class StepTime:
         A target that even the whole cache meets is the whole cache. Raises PlanError for one that an empty cache would miss.
         """
         wanted = _milliseconds(target)
-        empty = self.fixed_ms + self.row_ms * whole("batch", batch, 1, PlanError)
+        empty = self.empty(whole("batch", batch, 1, PlanError))
         least = max(self.floor_ms, empty)
         if wanted < least or wanted <= empty:
             raise PlanError(
@@ -130,7 +141,8 @@ class StepTime:
 
     def __str__(self) -> str:
         what = f"a {'captured ' if self.captured else ''}decode step of {self.fingerprint} in {self.dtype} on {self.device}"
-        line = f"max({self.floor_ms:.3g}, {self.fixed_ms:.3g} + {self.row_ms:.3g} · rows + bytes / {self.rate / 1e6:.4g} GB/s) ms"
+        empty = ", ".join(f"{ms:.3g} for {batch}" for batch, ms in self.empty_ms)
+        line = f"max({self.floor_ms:.3g}, empty + bytes / {self.rate / 1e6:.4g} GB/s) ms, empty {empty} row(s)"
         return f"{what}: {line}; measured at {len(self.points)} points, worst error {self.worst:.0%}"
 
     @property
@@ -140,8 +152,9 @@ class StepTime:
 
     def save(self, path: storage.StrPath) -> None:
         """Write JSON."""
-        names = ("device", "dtype", "head_dim", "captured", "floor_ms", "fixed_ms", "row_ms", "rate")
+        names = ("device", "dtype", "head_dim", "captured", "floor_ms", "rate")
         payload = {name: getattr(self, name) for name in names}
+        payload["empty_ms"] = [list(pair) for pair in self.empty_ms]
         payload["points"] = [[p.batch, p.tokens, p.nbytes, p.ms] for p in self.points]
         storage.write_json(path, "step-time", 1, payload | {"fingerprint": self.fingerprint.to_dict()})
 
@@ -155,13 +168,14 @@ class StepTime:
             labels["head_dim"] = whole("head_dim", storage.field(payload, "head_dim", int), 1, ArtifactError)
             if not isinstance(getattr(torch, labels["dtype"], None), torch.dtype):
                 raise ArtifactError(f"dtype is {labels['dtype']!r}, which torch lacks")
-            for name in ("floor_ms", "fixed_ms", "row_ms", "rate"):
+            for name in ("floor_ms", "rate"):
                 labels[name] = finite(name, storage.field(payload, name, float), ArtifactError)
+            labels["empty_ms"] = tuple(_pair(row) for row in storage.field(payload, "empty_ms", list))
             if labels["rate"] <= 0 or labels["floor_ms"] <= 0:
                 raise ArtifactError("rate and floor_ms must be above 0")
             points = tuple(_point(row) for row in storage.field(payload, "points", list))
             model = read_fingerprint(payload)
-            if model is None or not points:
+            if model is None or not points or not labels["empty_ms"]:
                 raise ArtifactError("a step time belongs to a model and to measured points; this file lacks them")
             return cls(points=points, fingerprint=model, **labels)
 
@@ -173,6 +187,12 @@ def _point(row: Any) -> Point:
         whole(name, x, 1, ArtifactError) for name, x in zip(("batch", "tokens", "bytes"), row, strict=False)
     )
     return Point(batch, tokens, nbytes, finite("milliseconds", row[3], ArtifactError))
+
+
+def _pair(row: Any) -> tuple[int, float]:
+    if not isinstance(row, list) or len(row) != 2:
+        raise ArtifactError("what a step costs without keys is [batch, milliseconds]")
+    return whole("batch", row[0], 1, ArtifactError), finite("milliseconds", row[1], ArtifactError)
 
 
 def _milliseconds(target: Budget | str | float) -> float:
@@ -196,7 +216,7 @@ def step_time(
 ) -> StepTime:
     """Measure decode steps of a model on its device, with the kernels that plans use: half of the kv heads whole, half streaming.
 
-    batches: rows; two different ones at least tell what a row costs.
+    batches: rows, those that will be served among them: between them what a step costs is interpolated.
     lengths: tokens behind the step; by default a 32nd, a quarter and all of the model's context (up to 65536), as far as half of the free
       GPU memory holds them. The caches are filled with random numbers: no prompt is read.
     repeats: steps a point, of which the median counts, after four that do not.

@@ -45,7 +45,7 @@ def calibrate(
     for path in (kept, output):
         if path is not None:
             timed.save(path)
-    fitted = {name: getattr(timed, name) for name in ("floor_ms", "fixed_ms", "row_ms", "rate", "worst")}
+    fitted = {name: getattr(timed, name) for name in ("floor_ms", "empty_ms", "rate", "worst")}
     points = [[p.batch, p.tokens, p.nbytes, p.ms] for p in timed.points]
     data = {
         "model": model,
