@@ -5,7 +5,8 @@
 moh: forward and training step of a stack of decoder layers, dense and with a trained head router at 75 and 50 % of the heads, by
 length; `kernel` says whether heads left queries out (from the device's crossover on) or were multiplied by 0. graph: training step
 of a model of experts under the plain router and under graphs of tokens. bam: a prompt of 256 tokens and 16 more by `generate`, and
-the bytes of keys and values, dense, BTX and BAM. Medians over rounds in which all sides ran in turn; one JSON object.
+the bytes of keys and values, dense, BTX and BAM. moh is timed eagerly and, on a GPU, as CUDA graphs, without the host's launches.
+Medians over rounds in which all sides ran in turn; one JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from timing import clock, rounds
+from timing import clock, graphed, rounds
 from torch import Tensor
 from transformers import CohereConfig, CohereForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -93,18 +94,27 @@ def _routed(model: Any, ids: Tensor, heads: int, layers: int, train: bool, devic
     sides = routers(heads, model.config.hidden_size, layers)
     kernel = {name: _served(model, router, run) for name, router in sides.items() if router is not None}
     times: dict[str, list[float]] = {name: [] for name in sides}
+    captured: dict[str, list[float]] = {name: [] for name in sides if device == "cuda"}
     for _ in range(count):
         for name, router in sides.items():  # in turn; attaching is not timed, nor is the first step behind it
             with nullcontext() if router is None else attach(model, router=router):
                 run()
-                start = clock(device)
-                for _ in range(STEPS):
-                    run()
-                times[name].append((clock(device) - start) / STEPS)
-    seconds = {name: statistics.median(ts) for name, ts in times.items()}
-    found: dict[str, Any] = {f"{kind} {name}, ms": round(1e3 * s, 3) for name, s in seconds.items()}
-    found |= {f"{kind} {name} over dense": round(seconds[name] / seconds["dense"], 3) for name in kernel}
+                times[name].append(_seconds(run, device))
+                if captured:
+                    captured[name].append(_seconds(graphed(run), device))
+    found: dict[str, Any] = {}
+    for way, by in ((kind, times), (f"{kind} in a graph", captured)):
+        seconds = {name: statistics.median(ts) for name, ts in by.items()}
+        found |= {f"{way} {name}, ms": round(1e3 * s, 3) for name, s in seconds.items()}
+        found |= {f"{way} {name} over dense": round(seconds[name] / seconds["dense"], 3) for name in kernel if by}
     return found | {f"{kind} {name}, kernel": used for name, used in kernel.items()}
+
+
+def _seconds(run: Callable[[], None], device: str) -> float:
+    start = clock(device)
+    for _ in range(STEPS):
+        run()
+    return (clock(device) - start) / STEPS
 
 
 def _served(model: Any, router: HeadRouter, run: Callable[[], None]) -> bool:
