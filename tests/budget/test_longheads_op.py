@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from headwise.attach import find_stack
-from headwise.budget._longheads import Shape, gathered, select, sorted_by_chunk, turns
+from headwise.attention.triton import _host
+from headwise.budget._longheads import Shape, _largest, attend, gathered, select, sorted_by_chunk, turns
 from headwise.budget._longheads_reference import attend as reference
 from headwise.budget._longheads_reference import summaries
-from headwise.budget._longheads_rotary import rotation_of
+from headwise.budget._longheads_rotary import Rotation, rotation_of
 from headwise.budget._longheads_state import Chunks
 from tiny_helper import random, tiny
 
+KERNELS = _host.triton_available() and (torch.cuda.is_available() or _host.interpreting())
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 W, K = 8, 5  # tokens of a chunk, chunks a query
 NONE = torch.zeros(1, dtype=torch.long)
 
@@ -135,3 +138,43 @@ def test_selection_follows_content_not_place():
     one = select(q, keys, positions(100), NONE, how, by_head=False)[..., 99, :12]
     two = select(q, keys[:, :, order], positions(100), NONE, how, by_head=False)[..., 99, :12]
     assert torch.equal(one[..., order], two)
+
+
+def test_the_largest_are_those_of_a_stable_sort():
+    scores = torch.randint(0, 4, (200, 9), generator=torch.Generator().manual_seed(0)).float()
+    scores[::3, :5] = -torch.inf
+    for count in (0, 1, 3, 9, 12):
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        wanted = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, scores.gather(-1, best) > -torch.inf)
+        assert torch.equal(_largest(scores, count), wanted)
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs Triton and a CUDA device, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+@pytest.mark.parametrize("starts", [None, (0, 11)], ids=["dense", "padded"])
+@pytest.mark.parametrize(
+    ("w", "k", "N", "heads", "own"), [(16, 4, 90, 2, True), (5, 6, 71, 1, False), (8, 5, 63, 4, True)]
+)
+def test_the_kernel_is_the_form_in_torch(w, k, N, heads, own, starts, interleaved):
+    how = Shape(w, k, 0.25, Rotation(10.0 ** -torch.linspace(0, 3, 16).to(DEVICE), interleaved), own)
+    q, keys, v = (random(2, h, N, 32, seed=h).to(DEVICE) for h in (4, heads, heads))
+    at = torch.arange(N, device=DEVICE) - torch.tensor(starts or (0, 0), device=DEVICE)[:, None]
+    chunk_keys = random(2, heads, N // w, 32, seed=9).to(DEVICE)
+    for by_head in (False, True):
+        chosen = select(q, chunk_keys, at, torch.zeros(1, dtype=torch.long, device=DEVICE), how, by_head=by_head)
+        for rows in (slice(w * k + 11, N), slice(N - 1, N)):
+            part = q[:, :, rows], keys, v, chosen[:, :, :, rows], at[:, rows], starts, how
+            assert torch.allclose(attend(*part), sorted_by_chunk(*part), atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_kernel_at_the_published_shape(dtype):
+    how = Shape(256, 16, 128**-0.5, Rotation(1e4 ** -torch.linspace(0, 1, 64, device="cuda")))
+    q, keys, v = (random(1, h, 6001, 128, seed=h).to("cuda", dtype) for h in (8, 4, 4))
+    at, zero = torch.arange(6001, device="cuda")[None], torch.zeros(1, dtype=torch.long, device="cuda")
+    chosen = select(q, random(1, 4, 23, 128, seed=9).cuda(), at, zero, how, by_head=False)
+    part = q[:, :, 4096:], keys, v, chosen[:, :, :, 4096:], at[:, 4096:], None, how
+    wide = (x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in part)
+    got, wanted = attend(*part).float(), sorted_by_chunk(*wide)
+    assert (got - wanted).norm() <= (2e-2 if dtype != torch.float32 else 1e-4) * wanted.norm()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headwise.budget import _longheads_fast
 from headwise.budget._longheads_rotary import Rotation
 from headwise.budget._longheads_state import chunk_columns, take
 
@@ -43,13 +44,21 @@ def select(q: Tensor, chunk_keys: Tensor, positions: Tensor, shift: Tensor, shap
     chunk = torch.arange(chunk_keys.shape[2], device=q.device)
     middle = (chunk >= 1) & (chunk <= current[..., None] - 2)  # (B, N, C')
     scores = scores.masked_fill(~middle[:, None, None], -torch.inf)
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : shape.k - 3]
     total = max(int(current.max()) + 1, chunk_keys.shape[2])
     chosen = torch.zeros(*scores.shape[:-1], total, dtype=torch.bool, device=q.device)
-    chosen.scatter_(-1, best, scores.gather(-1, best) > -torch.inf)
+    chosen[..., : scores.shape[-1]] = _largest(scores, shape.k - 3)
     every = torch.arange(total, device=q.device)
     here = current[..., None]
     return chosen | ((every == 0) | (every == here) | (every == here - 1))[:, None, None]
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of scores (…, C) stand, the lowest index first among equals, and never at -inf; no sort of them all."""
+    if count >= scores.shape[-1] or not count:
+        return (scores > -torch.inf) & bool(count)
+    bar = scores.topk(count, dim=-1).values[..., -1:]
+    above, level = scores > bar, (scores == bar) & (scores > -torch.inf)
+    return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def turns(chosen: Tensor, positions: Tensor, shape: Shape) -> Tensor:
@@ -77,6 +86,9 @@ def attend(
 
     The same function as `_longheads_reference.attend`. Rows with positions below k · w get numbers without meaning.
     """
+    if _longheads_fast.works(q, k, v, shape.rotation):
+        rest = {"w": shape.w, "kept": shape.k, "scale": shape.scale, "rotation": shape.rotation, "own": shape.own}
+        return _longheads_fast.by_kernel(q, k, v, chosen, positions, starts, **rest)
     form = gathered if q.shape[2] <= GATHER else sorted_by_chunk
     return form(q, k, v, chosen, positions, starts, shape)
 
