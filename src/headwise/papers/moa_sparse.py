@@ -26,7 +26,7 @@ from headwise.tasks.texts import encode
 
 PAPER = Paper(
     slug="moa-sparse",
-    status="partial",
+    status="works",
     api="headwise.budget.moa_influence, headwise.budget.moa, headwise.budget.moa_front, headwise.budget.moa_spans",
     claim="With half of the KV cache, spans alpha + beta · N that an influence profile and an integer programme choose for every kv head "
     "retrieve at least 1.5 times what a uniform window of equal bytes retrieves, at profiled lengths and at twice the longest, at no "
