@@ -87,8 +87,10 @@ def attend(
     The same function as `_longheads_reference.attend`. Rows with positions below k · w get numbers without meaning.
     """
     if _longheads_fast.works(q, k, v, shape.rotation):
-        rest = {"w": shape.w, "kept": shape.k, "scale": shape.scale, "rotation": shape.rotation, "own": shape.own}
-        return _longheads_fast.by_kernel(q, k, v, chosen, positions, starts, **rest)
+        return _longheads_fast.by_kernel(
+            q, k, v, chosen, positions, starts,
+            w=shape.w, kept=shape.k, scale=shape.scale, rotation=shape.rotation, own=shape.own,
+        )  # fmt: skip
     form = gathered if q.shape[2] <= GATHER else sorted_by_chunk
     return form(q, k, v, chosen, positions, starts, shape)
 
