@@ -2,7 +2,8 @@
 
     python benchmarks/vlm.py overhead --device cuda        # LLaVA-1.5-7B's decoder shape, random weights, bfloat16
     python benchmarks/vlm.py overhead --layers 4 --width 256 --heads 8 --image 64 --tokens 16 --batch 1   # a CPU's size
-    python benchmarks/vlm.py kernel                        # VAR's kernel by block and warps, beside the plain decode kernel
+    python benchmarks/vlm.py kernel                        # VAR's kernel by block, warps and shares, beside the plain decode kernel
+    python benchmarks/vlm.py launches --device cuda        # what a decode step launches more, or less, than a plain one
 
 Every ratio is the median over rounds in which all sides ran in turn; the gate (alpha = 1 and p = 0 change no logit, a graph says what the
 plain steps say) runs first. On a GPU the sides `graph_…` run their decode steps as CUDA graphs beside a full plan; their ratios are to
@@ -15,6 +16,7 @@ import argparse
 import functools
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -75,14 +77,7 @@ def overhead(args: argparse.Namespace) -> None:
     """Seconds of a prompt and of each further token: plain, under VHR, under VAR in every head of every middle layer."""
     torch.manual_seed(0)
     model = shaped(args)
-    layers = tuple(range(2, args.layers - 1))
-    # a tau so low that ordinary tokens are sinks: random weights have no massive activations, and this is the dearest case
-    var = VAR(dims=(5,), tau=1.5, layers=layers, centric=False)
-    rules: dict[str, Callable[[], AbstractContextManager]] = {
-        "plain": nullcontext,
-        "vhr": lambda: VHR(layers=default_layers(args.layers)).attach(model),
-        "var": lambda: var.attach(model),
-    }
+    layers, rules = middle(args), the_rules(model, args)
     if args.device == "cuda" and not args.skip_graph:
         rules |= {f"graph_{name}": functools.partial(in_graphs, model, args, rule) for name, rule in rules.items()}
     if args.map:
@@ -97,6 +92,24 @@ def overhead(args: argparse.Namespace) -> None:
         gaps = graph_gaps(model, inputs, rules, args) if "graph_plain" in rules else {}
         found[f"batch_{batch}"] = measured(model, inputs, rules, args) | gaps
         print(json.dumps(found), flush=True)
+
+
+def middle(args: argparse.Namespace) -> tuple[int, ...]:
+    """The layers of VAR: all but the first two and the last."""
+    return tuple(range(2, args.layers - 1))
+
+
+def the_rules(
+    model: LlavaForConditionalGeneration, args: argparse.Namespace
+) -> dict[str, Callable[[], AbstractContextManager]]:
+    """The sides: nothing, VHR, VAR in every head of every middle layer."""
+    # a tau so low that ordinary tokens are sinks: random weights have no massive activations, and this is the dearest case
+    var = VAR(dims=(5,), tau=1.5, layers=middle(args), centric=False)
+    return {
+        "plain": nullcontext,
+        "vhr": lambda: VHR(layers=default_layers(args.layers)).attach(model),
+        "var": lambda: var.attach(model),
+    }
 
 
 @contextmanager
@@ -186,26 +199,43 @@ def gate(model: LlavaForConditionalGeneration, inputs: dict, layers: tuple[int, 
 
 @torch.no_grad()
 def kernel(args: argparse.Namespace) -> None:
-    """Microseconds of VAR's kernel by addresses, for blocks and warps, beside plain decode; many launches replayed as a graph."""
-    found: dict[str, object] = {"environment": environment()}
+    """Microseconds of VAR's kernel by addresses, by block, warps and shares, beside plain decode; many launches replayed as a graph."""
+    found: dict[str, Any] = {"environment": environment()}
     for B, M in ((1, 700), (8, 700), (1, 2500)):
-        sides: dict[str, Callable[[], object]] = {}
         call, codes = one_call(B, args.heads, M), torch.zeros(B, M, dtype=torch.uint8, device="cuda")
         codes[:, 1:577], codes[:, 3] = 1, 3
-        count = torch.zeros((), dtype=torch.long, device="cuda")
-        options = {"move": 0.6, "rho": 0.2, "minimum_mass": 0.2}
-        decode = functools.partial(ragged, call)
-        sides["plain decode"] = decode
-        for block in (32, 64, 128):
-            for warps in (2, 4, 8):
-                sides[f"block {block}, warps {warps}"] = functools.partial(
-                    with_tiles,
-                    block,
-                    warps,
-                    functools.partial(_var_rows.redistribute, call, codes, None, count, **options),
-                )
-        found[f"rows {B}, keys {M}"] = {name: round(replayed(run), 2) for name, run in sides.items()}
+        usual = _var_rows.Room.of(call.q, args.heads).shares
+        tiles = [(block, 4, usual) for block in (32, 64, 128)] + [(64, warps, usual) for warps in (2, 8)]
+        tiles += [(64, 4, shares) for shares in sorted({max(1, usual // 2), 2 * usual} - {usual})]
+        times = found[f"rows {B}, keys {M}"] = {"plain decode": round(replayed(ragged(call)), 2)}
+        for block, warps, shares in tiles:
+            step = with_tiles(block, warps, shares, call, codes)
+            times[f"block {block}, warps {warps}, shares {shares}"] = round(replayed(functools.partial(step, call)), 2)
         print(json.dumps(found), flush=True)
+
+
+@torch.no_grad()
+def launches(args: argparse.Namespace) -> None:
+    """By kernel (on a CPU: by operation), how many more a decode step of all layers launches under a rule than the plain one."""
+    torch.manual_seed(0)
+    model, counts = shaped(args), {}
+    for name, rule in the_rules(model, args).items():
+        with rule():
+            one_answer(model, inputs := prompt(args, 1), args)
+            out = model(**inputs, use_cache=True)
+            ids, mask = torch.full_like(inputs["input_ids"][:, :1], 20), inputs["attention_mask"]
+            for step in range(2):
+                mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+                with torch.profiler.profile() if step else nullcontext() as seen:
+                    out = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values)
+        kind = torch.autograd.DeviceType.CUDA if args.device == "cuda" else torch.autograd.DeviceType.CPU
+        counts[name] = Counter(event.name for event in seen.events() if event.device_type == kind)
+    plain = counts["plain"]
+    found = {"layers": args.layers, "plain": plain.total(), "environment": environment()}
+    for name, count in counts.items():
+        if name != "plain":
+            found[name] = {k: count[k] - plain[k] for k in sorted({*count, *plain}) if count[k] != plain[k]}
+    print(json.dumps(found), flush=True)
 
 
 def graph_gaps(
@@ -234,24 +264,31 @@ def one_call(B: int, H: int, M: int, D: int = 128) -> Any:
     q, k, v = (torch.randn(B, H, n, D, device="cuda", dtype=torch.bfloat16) for n in (1, M, M))
     k_ptr, v_ptr, filled = group_pointers([(tuple(range(H)), k, v, M)], B, q.device)
     table = SimpleNamespace(k_ptr=k_ptr, v_ptr=v_ptr, filled=filled)
-    return SimpleNamespace(q=q, k=k, v=v, mask=None, table=table, scale=D**-0.5)
+    return SimpleNamespace(q=q, k=k, v=v, mask=None, table=table, scale=D**-0.5, first_column=0)
 
 
-def ragged(call: Any) -> Any:
-    """The same step without VAR, by the kernel that a plan uses."""
+def ragged(call: Any) -> Callable[[], object]:
+    """The same step without VAR, by the kernel that a plan uses; the work is cut once a step for all layers, so outside."""
     from headwise.attention.triton import ragged_decode
+    from headwise.attention.triton.decode import plan_splits
 
-    return ragged_decode(call.q, call.table.k_ptr, call.table.v_ptr, call.table.filled, scale=call.scale)
+    table = call.table
+    options = {"scale": call.scale, "plan": plan_splits(table.filled)}
+    return functools.partial(ragged_decode, call.q, table.k_ptr, table.v_ptr, table.filled, **options)
 
 
-def with_tiles(block: int, warps: int, run: Callable[[], object]) -> None:
-    """Run with other tiles."""
+def with_tiles(block: int, warps: int, shares: int, call: Any, codes: torch.Tensor) -> Callable[[Any], torch.Tensor]:
+    """VAR's step with other tiles, compiled."""
     kept = _var_rows.BLOCK, _var_rows.WARPS
     _var_rows.BLOCK, _var_rows.WARPS = block, warps
     try:
-        run()
+        room = _var_rows.Room.of(call.q, call.k.shape[1], shares)
+        count = torch.zeros((), dtype=torch.long, device=call.q.device)
+        step = _var_rows.Step(call, codes, None, count, room, move=0.6, rho=0.2, minimum_mass=0.2)
+        step(call)
     finally:
         _var_rows.BLOCK, _var_rows.WARPS = kept
+    return step
 
 
 def replayed(run: Callable[[], object], launches: int = 50, rounds: int = 5) -> float:
@@ -277,11 +314,14 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    timer = commands.add_parser("overhead")
+    timer, counter = commands.add_parser("overhead"), commands.add_parser("launches")
     for name, value in (("layers", 32), ("width", 4096), ("heads", 32), ("image", 576), ("tokens", 24), ("rounds", 3)):
-        timer.add_argument(f"--{name}", type=int, default=value)
+        for command in (timer, counter):
+            command.add_argument(f"--{name}", type=int, default=value)
+    for command in (timer, counter):
+        command.add_argument("--device", default="cpu")
+    counter.set_defaults(run=launches)
     timer.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    timer.add_argument("--device", default="cpu")
     timer.add_argument(
         "--map", action="store_true", help="beside the released code's way, which edits whole attention maps"
     )

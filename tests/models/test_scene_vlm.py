@@ -8,7 +8,7 @@ from headwise.attach.images import block, decoder_stack
 from headwise.errors import TaskError
 from headwise.hub import load_model
 from headwise.models.scene_vlm import RESERVED, SceneData, save_scene_vlm, scene_vlm, train_scene_vlm
-from headwise.tasks.descriptions import describe
+from headwise.tasks.descriptions import describe, pull_of_habit
 from headwise.tasks.scenes import make_scenes
 
 
@@ -48,6 +48,13 @@ def test_bundled_models_see_and_invent(seed):
     assert found["recall"] > 0.75 and 0.02 < found["chair_i"] < 0.5
 
 
+def test_bundled_models_speak_by_habit_only_without_a_picture():
+    model, _ = load_model("scene-vlm-0")
+    pull = pull_of_habit(model, make_scenes(60, habit="broken", generator=torch.Generator().manual_seed(12)))
+    assert abs(pull["unseen"] - 0.85) < 0.1, pull  # how often speech goes on so
+    assert pull["seen"] < 0.5 * pull["unseen"], pull
+
+
 def test_refused():
     with pytest.raises(TaskError, match="size='huge'"):
         scene_vlm("huge")
@@ -55,3 +62,6 @@ def test_refused():
         train_scene_vlm(steps=0)
     with pytest.raises(TaskError, match="scene-vlm-77"):
         load_model("scene-vlm-77")
+    for name, value in (("talk", 1.5), ("slip", -0.1), ("noise", -1.0), ("batch", 0), ("noise", float("nan"))):
+        with pytest.raises(TaskError, match=f"{name} is {value:g};"):
+            SceneData(**{name: value})

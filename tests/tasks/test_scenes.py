@@ -5,7 +5,8 @@ import torch
 
 from headwise.errors import AttachError, TaskError
 from headwise.hub import load_model
-from headwise.tasks.descriptions import Descriptions
+from headwise.models.scene_vlm import scene_vlm
+from headwise.tasks.descriptions import Descriptions, pull_of_habit
 from headwise.tasks.pictures import picture_batches, picture_size
 from headwise.tasks.scenes import (
     CELLS,
@@ -106,6 +107,35 @@ def test_same_seed_same_scenes_and_training_batches_are_whole():
 def test_refused(options, said):
     with pytest.raises(TaskError, match=said):
         make_scenes(2, generator=generator(), **options)
+
+
+def test_the_pull_of_a_habit_is_the_chance_of_the_second_behind_its_first():
+    model = scene_vlm()
+    scenes = make_scenes(5, habit="half", generator=generator(2))
+    seen, unseen = [], []
+    for row, answer in enumerate(scenes.answers):
+        for place, token in enumerate(answer[:-1]):
+            second = second_of(token - FIRST_OBJECT)
+            if second is None or second in scenes.objects(row):
+                continue
+            said = torch.tensor([answer[: place + 1]])
+            ids = torch.cat([scenes.prompt[row : row + 1], said], dim=1)
+            bare = torch.cat([ids[:, :1], ids[:, 1 + CELLS :]], dim=1)
+            for found, given in (
+                (seen, {"input_ids": ids, "pixel_values": scenes.pixels[row : row + 1]}),
+                (unseen, {"input_ids": bare}),
+            ):
+                with torch.no_grad():
+                    found.append(model(**given).logits[0, -1].softmax(-1)[FIRST_OBJECT + second])
+    pull = pull_of_habit(model, scenes)
+    assert seen and pull["seen"] == pytest.approx(float(torch.stack(seen).mean()), rel=1e-5)
+    assert pull["unseen"] == pytest.approx(float(torch.stack(unseen).mean()), rel=1e-5)
+    for wrong in (
+        make_scenes(2, task="count", generator=generator()),
+        make_scenes(4, habit="kept", generator=generator()),
+    ):
+        with pytest.raises(TaskError, match="a first without its second"):
+            pull_of_habit(model, wrong)
 
 
 def test_descriptions_are_counted_by_kind():

@@ -16,8 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from headwise.arguments import CACHE, bound
 from headwise.attach import Attachment, HeadCall, Transform, attach
-from headwise.attach.controller import _bound
 from headwise.attach.locate import Stack, _stacks, find_stack
 from headwise.errors import AttachError
 
@@ -149,13 +149,13 @@ class ImageTokens:
         """A prompt begins: ids (B, N), mask (B, N) bool of the real tokens. For subclasses."""
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = _bound(type(module), args, kwargs)
+        given = bound(module, args, kwargs)
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor):
             raise AttachError(
                 "image tokens are found in input_ids, but the model was given inputs_embeds: pass input_ids"
             )
-        cache = given.get("past_key_values")
+        cache = given.get(CACHE)
         self.past, self.count = int(cache.get_seq_length()) if cache is not None else 0, ids.shape[1]
         self.fresh = self.past == 0 and not self._continues(ids, given)
         self._place(ids, given.get("attention_mask"))
@@ -242,10 +242,11 @@ class InLayers:
         self, transform: Transform, in_layers: Sequence[int], *, own_attention: bool = False, counts: bool = False
     ):
         self.transform, self.in_layers = transform, tuple(in_layers)
+        self._layers = frozenset(self.in_layers)
         self.own_attention, self.counts = own_attention, counts
 
     def __call__(self, call: HeadCall, attend: Callable[[], Tensor]) -> Tensor:
-        return self.transform(call, attend) if call.layer in self.in_layers else attend()
+        return self.transform(call, attend) if call.layer in self._layers else attend()
 
 
 def looked_up(table: Tensor, positions: Tensor) -> Tensor:

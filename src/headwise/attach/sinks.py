@@ -76,7 +76,7 @@ def find_sink_dims(
         ratio = (x.abs() / (x.square().mean(-1, keepdim=True) + EPS).sqrt()).flatten(0, -2).amax(0)
         peaks[layer] = torch.maximum(peaks[layer], ratio) if layer in peaks else ratio
 
-    handles = watch_blocks(stack, layers, look)
+    handles = watch_blocks({layer: block(stack, layer) for layer in layers}, look)
     try:
         for batch in batches:
             model(**{k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()})  # type: ignore[arg-type]
@@ -91,11 +91,11 @@ def find_sink_dims(
     return tuple(int(d) for d in order if bool(passing[d]))
 
 
-def watch_blocks(stack: Stack, layers: Sequence[int], see: Any) -> list[Any]:
-    """Pre-hooks `see(layer, module, args, kwargs)` on decoder layers; remove the handles when done."""
+def watch_blocks(blocks: Mapping[int, nn.Module], see: Any) -> list[Any]:
+    """Pre-hooks `see(layer, module, args, kwargs)` on decoder layers, by number; remove the handles when done."""
     return [
-        block(stack, layer).register_forward_pre_hook(functools.partial(see, layer), with_kwargs=True)
-        for layer in layers
+        module.register_forward_pre_hook(functools.partial(see, layer), with_kwargs=True)
+        for layer, module in blocks.items()
     ]
 
 
@@ -115,6 +115,8 @@ class SinkTokens(ImageTokens):
         self.dims = check_dims(dims, width)
         check_tau(tau, width)
         self.tau, self.layers = tau, tuple(layers)
+        self._blocks = {layer: block(self.stack, layer) for layer in self.layers}
+        self._handles: list[Any] = []
         self.sinks: dict[int, Tensor] = {}  # (B, P) bool by position, of any token
         self.image_sinks: dict[int, Tensor] = {}  # (B,) bool: has the row a sink on an image in this layer?
         self._codes: dict[tuple[int, bool], Tensor] = {}
@@ -122,16 +124,32 @@ class SinkTokens(ImageTokens):
 
     def attach_with(self, *transforms: Any) -> None:
         """Begin to follow, also the residual stream that enters the layers."""
-        handles = watch_blocks(self.stack, self.layers, self._look)
-        self._undo += [handle.remove for handle in handles]
+        self._undo.append(functools.partial(self._watch, False))
         super().attach_with(*transforms)
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        super()._before(module, args, kwargs)
+        self._watch(self._reading)
+
+    @property
+    def _reading(self) -> bool:
+        """Does the pass at hand read a prompt, or a chunk of one?"""
+        return self.fresh or (self.past > 0 and self.count > 1)
+
+    def _watch(self, wanted: bool) -> None:
+        """Hooks on the layers while a prompt is read: in every layer of a decode step they would cost, and see nothing."""
+        if wanted and not self._handles:
+            self._handles = watch_blocks(self._blocks, self._look)
+        elif not wanted:
+            while self._handles:
+                self._handles.pop().remove()
 
     def begin(self, ids: Tensor, mask: Tensor) -> None:
         """Forget the sinks of the prompt before."""
         self.sinks, self.image_sinks, self.any_image_sink, self._codes = {}, {}, {}, {}
 
     def _look(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.paused or not (self.fresh or (self.past and self.count > 1)):
+        if self.paused or not self._reading:
             return
         x = _states(args, kwargs)
         flags = (sink_value(x, self.dims) > self.tau) & self.real.to(x.device)

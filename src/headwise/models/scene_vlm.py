@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from headwise.checks import finite, whole
 from headwise.errors import TaskError
 from headwise.models.loop import Run, train, warm_cosine
 from headwise.tasks.scenes import BOS, CELL, EOS, IMAGE, PAD, SIDE, WORDS, Task, make_scenes, make_talk, scene_tokenizer
@@ -113,6 +114,15 @@ class SceneData:
     slip: float = 0.25
     noise: float = 0.7
     pool: int = 6000
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "pool"):
+            whole(name, getattr(self, name), 1, TaskError)
+        for name in ("talk", "slip"):
+            if not 0 <= finite(name, getattr(self, name), TaskError) <= 1:
+                raise TaskError(f"{name} is {getattr(self, name):g}; it is a share, in [0, 1]")
+        if finite("noise", self.noise, TaskError) < 0:
+            raise TaskError(f"noise is {self.noise:g}; it is a standard deviation, at least 0")
 
 
 def train_scene_vlm(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor
 
 from headwise.attach.divergence import vision_aware
 from headwise.hub import load_model
-from headwise.papers._run import Measured, device_of, reproduces
+from headwise.papers._run import Measured, Table, mean_of, reproduces
+from headwise.papers._scene_models import MODELS, drawn, named, of_each_model, parted
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
-from headwise.progress import track
 from headwise.score.vhd import token_vhd
 from headwise.steer.vhr import VHR, ReinforcedHeads, vhr
-from headwise.tasks.descriptions import Descriptions, describe
+from headwise.tasks.descriptions import Descriptions, describe, pull_of_habit
 from headwise.tasks.scenes import EOS, FIRST_OBJECT, OBJECTS, Scenes, make_scenes
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ PAPER = Paper(
     "vision-language model invent fewer objects, at equal recall; the more the larger the factor; random halves of the same "
     "layers do less; and tokens that it invents have a lower T-VHD than those that it sees",
 )
-MODELS = ("scene-vlm-0", "scene-vlm-1", "scene-vlm-2")
 ALPHAS = (0.2, 0.5, 1.5, 2.0, 3.0)
 SIZES: dict[str, dict[str, Any]] = {"cpu": {"scenes": 200, "draws": 3}, "gpu": {"scenes": 2000, "draws": 10}}
 CHECKS = (
@@ -58,12 +56,7 @@ PUBLISHED = {
 @reproduces(PAPER, CHECKS, PUBLISHED)
 def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on three bundled scene models, trained with three seeds, on scenes that break the habit of their training."""
-    device = device_of(scale)
-    tables = []
-    for place, name in enumerate(track(MODELS, "scene models", progress)):
-        model, _ = load_model(name, device=device)
-        tables.append(measure(model, seed=seed + 1000 * place, **SIZES[scale]))
-    return summarise(tables)
+    return summarise(of_each_model(measure, SIZES[scale], scale, seed=seed, progress=progress))
 
 
 def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
@@ -112,32 +105,31 @@ def _texts(model: PreTrainedModel, data: Scenes) -> Iterator[tuple[str, str]]:
             yield name, ", ".join(OBJECTS[k] if k in real else OBJECTS[k].upper() for k in answers.said(row))
 
 
-def measure(model: PreTrainedModel, *, scenes: int, draws: int, seed: int = 0) -> dict[str, float]:
-    """All numbers of one model: greedy, every alpha, random halves, heads fixed from one scene, and how T-VHD separates tokens."""
+def measure(model: PreTrainedModel, *, scenes: int, draws: int, seed: int = 0) -> Table:
+    """All numbers of one model: greedy, every alpha, random halves, heads fixed from one scene, and how T-VHD separates
+    tokens; and the chance of an absent second behind its first, with the picture (`second_seen`) and without (`second_unseen`)."""
     generator = torch.Generator().manual_seed(seed)
     data = make_scenes(scenes, habit="broken", generator=generator)
     greedy = describe(model, data)
-    found = _named(greedy, "greedy")
+    found = named(greedy, "greedy")
     rule = vhr(model, None)
     for alpha in ALPHAS:
         found |= _under(model, data, _with(rule, alpha), f"alpha{alpha:g}")
     for name, choose in (("blind_half", _blind_half), ("fixed_heads", _fixed(model, rule, generator))):
         found |= _under(model, data, rule, name, choose)
-    runs = [_under(model, data, rule, "random_half", _random_half(generator)) for _ in range(draws)]
-    found |= {key: mean(run[key] for run in runs) for key in runs[0]}
+    found |= drawn(lambda: _under(model, data, rule, "random_half", _random_half(generator)), draws)
+    found |= {f"second_{name}": chance for name, chance in pull_of_habit(model, data).items()}
     return found | {"auroc_tvhd": _auroc(model, greedy)}
 
 
-def summarise(tables: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+def summarise(tables: Sequence[Table]) -> tuple[Table, Table]:
     """(metrics, baselines): means over models, and what the checks compare."""
-    means = {key: mean(table[key] for table in tables) for key in tables[0]}
+    means = mean_of(tables)
     ratios = [table["chair_i_alpha2"] / max(table["chair_i_greedy"], 1e-9) for table in tables]
     means["chair_i_ratio_alpha2"] = means["chair_i_alpha2"] / max(means["chair_i_greedy"], 1e-9)
     means["chair_i_ratio_alpha2_worst_seed"] = max(ratios)
     means["recall_lost_alpha2"] = means["recall_greedy"] - means["recall_alpha2"]
-    plain = ("_greedy", "_random_half", "_blind_half", "_fixed_heads")
-    baselines = {key: value for key, value in means.items() if key.endswith(plain)}
-    return {key: value for key, value in means.items() if key not in baselines}, baselines
+    return parted(means, ("_greedy", "_random_half", "_blind_half", "_fixed_heads"))
 
 
 def _with(rule: VHR, alpha: float) -> VHR:
@@ -146,13 +138,9 @@ def _with(rule: VHR, alpha: float) -> VHR:
 
 def _under(
     model: PreTrainedModel, data: Scenes, rule: VHR, name: str, choose: Callable[[int, Tensor], Tensor] | None = None
-) -> dict[str, float]:
+) -> Table:
     with ReinforcedHeads(model, rule, choose):
-        return _named(describe(model, data), name)
-
-
-def _named(said: Descriptions, name: str) -> dict[str, float]:
-    return {f"{key}_{name}": value for key, value in said.measures().items()}
+        return named(describe(model, data), name)
 
 
 def _random_half(generator: torch.Generator) -> Callable[[int, Tensor], Tensor]:

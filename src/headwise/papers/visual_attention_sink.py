@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +13,10 @@ from headwise.attach.images import looked_up
 from headwise.attach.sinks import find_sink_dims
 from headwise.hub import load_model
 from headwise.papers._planted_sinks import SINKS, TAU, PlantedSinks
-from headwise.papers._run import Measured, device_of, reproduces
+from headwise.papers._run import Measured, Table, mean_of, reproduces
+from headwise.papers._scene_models import MODELS, drawn, named, of_each_model, parted
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
-from headwise.progress import track
 from headwise.steer.var import VAR
 from headwise.tasks.descriptions import describe
 from headwise.tasks.scenes import Scenes, make_scenes
@@ -34,7 +33,6 @@ PAPER = Paper(
     "what they cost, the more the larger the share; in as many random heads less; in image-centric heads more than in all heads; "
     "and knocking sinks out costs less than knocking out as many other image tokens",
 )
-MODELS = ("scene-vlm-0", "scene-vlm-1", "scene-vlm-2")
 RHO = 0.2
 RULES: dict[str, dict[str, Any]] = {
     "var": {"move": 1.0, "rho": RHO},
@@ -62,12 +60,7 @@ PUBLISHED = {"published_gqa_llava15_base": 62.0, "published_gqa_llava15_var": 63
 @reproduces(PAPER, CHECKS, PUBLISHED)
 def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
     """Measure the claim on three bundled scene models, trained with three seeds, with sinks planted on three empty cells a picture."""
-    device = device_of(scale)
-    tables = []
-    for place, name in enumerate(track(MODELS, "scene models", progress)):
-        model, _ = load_model(name, device=device)
-        tables.append(measure(model, seed=seed + 1000 * place, **SIZES[scale]))
-    return summarise(tables)
+    return summarise(of_each_model(measure, SIZES[scale], scale, seed=seed, progress=progress))
 
 
 def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
@@ -101,45 +94,41 @@ def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> 
         return [f1, looking_section(planted.model, data.inputs(), rule, said=said)]
 
 
-def measure(model: PreTrainedModel, *, scenes: int, draws: int, seed: int = 0) -> dict[str, float]:
+def measure(model: PreTrainedModel, *, scenes: int, draws: int, seed: int = 0) -> Table:
     """F1 of descriptions of one model: as it is, with sinks, under each rule, and with tokens knocked out."""
     generator = torch.Generator().manual_seed(seed)
     calibration, data = (make_scenes(count, generator=generator) for count in (48, scenes))
-    found = {"f1_clean": _f1(model, data)}
+    found = _f1(model, data, "clean")
     with PlantedSinks(model, calibration, generator=generator) as planted:
         inputs = {key: value.to(model.device) for key, value in calibration.inputs().items()}
         dims = find_sink_dims(planted.model, planted.stack, [inputs], tau=TAU)
         found |= {"dims_found": float(planted.dims[0] in dims), "dims_wrong": float(len(set(dims) - set(planted.dims)))}
         planted.on(data)
-        found["f1_planted"] = _f1(planted.model, data)
+        found |= _f1(planted.model, data, "planted")
         for name, options in RULES.items():
             found |= _under(planted, data, name, **options)
-        runs = [_under(planted, data, "random_heads", **_random_heads(planted, generator)) for _ in range(draws)]
-        found |= {key: mean(run[key] for run in runs) for key in runs[0]}
+        found |= drawn(lambda: _under(planted, data, "random_heads", **_random_heads(planted, generator)), draws)
         found |= _knocked_out(planted, data, generator)
     return found
 
 
-def summarise(tables: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+def summarise(tables: Sequence[Table]) -> tuple[Table, Table]:
     """(metrics, baselines): means over models, and the share of the loss that each rule wins back."""
-    means = {key: mean(table[key] for table in tables) for key in tables[0]}
+    means = mean_of(tables)
     lost = means["f1_clean"] - means["f1_planted"]
     means["f1_lost_to_sinks"] = lost
     for name in (*RULES, "random_heads"):
         means[f"won_back_{name}"] = (means[f"f1_{name}"] - means["f1_planted"]) / lost if lost else float("nan")
-    baselines = {
-        key: value for key, value in means.items() if key.endswith(("_clean", "_planted", "_heads", "_without_random"))
-    }
-    return {key: value for key, value in means.items() if key not in baselines}, baselines
+    return parted(means, ("_clean", "_planted", "_heads", "_without_random"))
 
 
-def _under(planted: PlantedSinks, data: Scenes, name: str, **options: Any) -> dict[str, float]:
+def _under(planted: PlantedSinks, data: Scenes, name: str, **options: Any) -> Table:
     """F1 under a rule, and how many (row, query, head) a description it edits."""
     layers = tuple(range(1, planted.stack.layers))
     rule = VAR(dims=planted.dims[:1], tau=TAU, layers=layers, **options)
     with rule.attach(planted.model) as running:
-        measures = describe(planted.model, data, batch_size=len(data)).measures()
-    return {f"f1_{name}": measures["f1"], f"edited_{name}": sum(running.selected.values()) / len(data)}
+        found = _f1(planted.model, data, name)
+    return found | {f"edited_{name}": sum(running.selected.values()) / len(data)}
 
 
 def _random_heads(planted: PlantedSinks, generator: torch.Generator) -> dict[str, Any]:
@@ -150,9 +139,9 @@ def _random_heads(planted: PlantedSinks, generator: torch.Generator) -> dict[str
     return {"move": 1.0, "centric": False, "heads": HeadSet.of([pairs[place] for place in order])}
 
 
-def _knocked_out(planted: PlantedSinks, data: Scenes, generator: torch.Generator) -> dict[str, float]:
+def _knocked_out(planted: PlantedSinks, data: Scenes, generator: torch.Generator) -> Table:
     """F1 that is lost when the sinks, or as many other image tokens, give nothing to any query: their weights become 0."""
-    before = _f1(planted.model, data)
+    before = _f1(planted.model, data, "before")["f1_before"]
     others = torch.ones(len(data), 16)
     first = 1  # the first image token's position
     others.scatter_(1, planted.columns - first, 0.0)
@@ -161,7 +150,7 @@ def _knocked_out(planted: PlantedSinks, data: Scenes, generator: torch.Generator
     for name, columns in (("sinks", planted.columns), ("random", random)):
         table = torch.zeros(len(data), 1 + first + 16, dtype=torch.bool).scatter_(1, columns, True)
         with attach(planted.model, transforms=[_without(table.to(planted.model.device))], stack=planted.stack.pattern):
-            found[f"f1_lost_without_{name}"] = before - _f1(planted.model, data)
+            found[f"f1_lost_without_{name}"] = before - _f1(planted.model, data, name)[f"f1_{name}"]
     return found
 
 
@@ -174,5 +163,5 @@ def _without(table: Tensor) -> Callable[[HeadCall, Callable[[], Tensor]], Tensor
     return transform
 
 
-def _f1(model: PreTrainedModel, data: Scenes) -> float:
-    return describe(model, data, batch_size=len(data)).measures()["f1"]
+def _f1(model: PreTrainedModel, data: Scenes, name: str) -> Table:
+    return named(describe(model, data, batch_size=len(data)), name, ("f1",))

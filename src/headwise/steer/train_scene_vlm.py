@@ -40,6 +40,7 @@ def train_scenes(
     size: Literal["cpu", "gpu"] = "cpu",
     talk: float = 0.5,
     slip: float = 0.25,
+    noise: float = 0.7,
     steps: int | None = None,
     folder: str | None = None,
     save_every: int = 0,
@@ -50,9 +51,10 @@ def train_scenes(
 ) -> Trained:
     """Train a LLaVA of about a million parameters on drawn scenes, with a habit that makes it invent objects.
 
-    size: cpu (4 layers of 8 heads, under three minutes on two cores) or gpu (8 layers of 8 heads): the bundled models are of this size.
+    size: cpu (4 layers of 8 heads: the bundled models) or gpu (8 layers of 8 heads, four times the rows and the steps).
     talk: share of the rows of a batch that are speech without a picture.
-    slip: how often a description in the training data names what is not there.
+    slip: how often a description in the training data names a second that is not in its picture, behind its first.
+    noise: standard deviation of the pixels' noise, in training and measuring; colours have the values -1 and 1.
     steps: optimizer steps, instead of the size's.
     folder: where checkpoints go.
     save_every: steps between checkpoints; 0 for none.
@@ -67,11 +69,11 @@ def train_scenes(
     ['at_right', 'broken_chair_i', 'broken_chair_s', 'broken_f1']
     """
     chosen: SceneSize = size_of(size, SIZES, steps)
-    data = SceneData(batch=chosen.batch, talk=talk, slip=slip, pool=chosen.pool)
+    data = SceneData(batch=chosen.batch, talk=talk, slip=slip, noise=noise, pool=chosen.pool)
     job = Job(
         name="scene-vlm",
         recipe=recipe(chosen.steps, chosen.batch, chosen.rate, seed),
-        settings=settings_of(chosen, size=size, talk=talk, slip=slip, noise=data.noise, seed=seed),
+        settings=settings_of(chosen, size=size, talk=talk, slip=slip, noise=noise, seed=seed),
         folder=folder,
         save_every=save_every,
         resume=resume,
@@ -82,26 +84,26 @@ def train_scenes(
         job,
         "scene-vlm",
         lambda run, place: train_scene_vlm(chosen.model, data=data, lr=chosen.rate, seed=seed, device=place, run=run),
-        lambda model: figures(model, chosen.measured_on),
+        lambda model: figures(model, chosen.measured_on, noise=noise),
         save_scene_vlm,
         scene_tokenizer(),
     )
 
 
 @torch.no_grad()
-def figures(model: Any, count: int, *, seed: int = 99) -> dict[str, float]:
+def figures(model: Any, count: int, *, noise: float = 0.7, seed: int = 99) -> dict[str, float]:
     """Loss and rates of descriptions of unseen scenes, and the share of right answers to the other questions."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, float] = {}
     for habit in HABITS:
-        scenes = make_scenes(count, habit=habit, generator=generator)
+        scenes = make_scenes(count, habit=habit, noise=noise, generator=generator)
         if habit == "half":
             rows = {name: tensor.to(model.device) for name, tensor in scenes.training().items()}
             found["held_out_loss"] = float(model(**rows).loss)
         found |= {f"{habit}_{name}": value for name, value in describe(model, scenes).measures().items()}
     tasks: tuple[Task, ...] = ("at", "count")
     for task in tasks:
-        scenes = make_scenes(count, task=task, generator=generator)
+        scenes = make_scenes(count, task=task, noise=noise, generator=generator)
         inputs = {name: tensor.to(model.device) for name, tensor in scenes.inputs().items()}
         first = model(**inputs).logits[:, -1].argmax(-1).cpu()
         right = first == torch.tensor([answer[0] for answer in scenes.answers])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headwise import storage
 from headwise.attach import HeadCall, find_stack, fingerprint
@@ -126,6 +126,9 @@ class Redistributed(SinkTokens):
         self.rule = rule
         self._selected: dict[int, Tensor] = {}
         self._heads: dict[int, Tensor] = {}
+        self._rooms: dict[tuple, few_rows.Room] = {}
+        self._steps: dict[int, few_rows.Step] = {}
+        self._groups: dict[int, Tensor] = {}
         self._asked: tuple[Tensor, Tensor] | None = None  # queries of the pass at hand, and their columns
         self.attach_with(InLayers(self._transform, rule.layers, own_attention=True, counts=True))
 
@@ -133,6 +136,11 @@ class Redistributed(SinkTokens):
         """Forget what was seen of the prompt before."""
         super().begin(ids, mask)
         self._selected = {}
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        super()._before(module, args, kwargs)
+        if self._reading:
+            self._steps, self._groups = {}, {}
 
     @property
     def selected(self) -> dict[int, int]:
@@ -143,6 +151,9 @@ class Redistributed(SinkTokens):
         if self.paused:
             return attend()
         self.check_call(call)
+        step = self._steps.get(call.layer)
+        if step is not None and step.fits(call):
+            return step(call)
         if not self.rule.move or not self.any_image_sink.get(call.layer):
             return attend()
         if call.options.get("dropout"):
@@ -150,7 +161,8 @@ class Redistributed(SinkTokens):
                 "VAR works with several attention calls, which dropout would make disagree: call model.eval()"
             )
         if few_rows.serves(call):
-            return self._one_token(call)
+            step = self._steps[call.layer] = self._step(call)
+            return step(call)
         out = attend()  # (B, N, H, D)
         queries = self.text_queries().to(out.device)  # (B, N)
         if few_rows.is_dense(call):
@@ -163,10 +175,10 @@ class Redistributed(SinkTokens):
     def _by_rows(self, call: HeadCall, out: Tensor, queries: Tensor) -> Tensor:
         """The rows that may be edited, in blocks, by their weights; the others are not looked at."""
         B, H, N, D = call.q.shape
-        columns, codes = self._columns(queries), self.codes(call.layer)
+        columns, groups = self._columns(queries), self._groups_of(call.layer)
         step = max(1, BLOCK // (B * H * call.k.shape[2]))
         for part in columns.split(step, 1):
-            rows = few_rows.Rows.of(call, codes, part)
+            rows = few_rows.Rows.of(call, groups, part)
             masses = rows.masses()
             chosen = self._choose(call, masses) & queries.gather(1, part)[:, None]
             self._count(call.layer, chosen)
@@ -175,6 +187,12 @@ class Redistributed(SinkTokens):
             new = rows.moved(old, _ratio(masses, chosen), chosen, self.rule.move)
             out = new if N == 1 else out.scatter(1, at, new)
         return out
+
+    def _groups_of(self, layer: int) -> Tensor:
+        """Made once a prompt, or a chunk of one: no token that is decoded belongs to a group."""
+        if layer not in self._groups:
+            self._groups[layer] = few_rows.groups_of(self.codes(layer))
+        return self._groups[layer]
 
     def _columns(self, queries: Tensor) -> Tensor:
         """`_columns_of` once a pass: all layers ask for the same queries, and counting them waits for the device."""
@@ -188,20 +206,28 @@ class Redistributed(SinkTokens):
             self._selected[layer] = torch.zeros((), dtype=torch.long, device=chosen.device)
         self._selected[layer] += chosen.sum()
 
-    def _one_token(self, call: HeadCall) -> Tensor:
-        """A decode step on a GPU: attention and redistribution in one kernel."""
+    def _step(self, call: HeadCall) -> few_rows.Step:
+        """Decode steps of a layer on a GPU: attention and redistribution in one launch."""
         layer, rule = call.layer, self.rule
         if layer not in self._selected:
             self._selected[layer] = torch.zeros((), dtype=torch.long, device=call.q.device)
-        return few_rows.redistribute(
+        return few_rows.Step(
             call,
-            self.codes(layer, by_position=few_rows.by_address(call)),
+            self.codes(layer, by_position=call.table is not None),
             None if rule.heads is None else self._allowed(call).view(torch.uint8),
             self._selected[layer],
+            self._room(call),
             move=rule.move,
             rho=rule.rho if rule.centric else None,
             minimum_mass=rule.minimum_mass,
         )
+
+    def _room(self, call: HeadCall) -> few_rows.Room:
+        """One a shape and device, and kept: captured steps hold its addresses."""
+        key = call.q.shape, call.k.shape[1], call.q.device
+        if key not in self._rooms:
+            self._rooms[key] = few_rows.Room.of(call.q, call.k.shape[1])
+        return self._rooms[key]
 
     def _allowed(self, call: HeadCall) -> Tensor:
         """Which heads of this layer the rule's `heads` leave to choose from, (H,)."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from headwise.tasks.scenes import FIRST_OBJECT, OBJECTS, PAD, Scenes
+from headwise.errors import TaskError
+from headwise.tasks.scenes import FIRST_OBJECT, OBJECTS, PAD, Scenes, second_of, with_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,3 +68,36 @@ def describe(model: PreTrainedModel, scenes: Scenes, *, tokens: int = 12, batch_
         made = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[:, scenes.prompt.shape[1] :]
         parts.append(torch.nn.functional.pad(made.cpu(), (0, tokens - made.shape[1]), value=PAD))
     return Descriptions(scenes, torch.cat(parts))
+
+
+@torch.no_grad()
+def pull_of_habit(model: PreTrainedModel, scenes: Scenes) -> dict[str, float]:
+    """Mean probability of a second that is not there, right behind its first in a true description: `seen` and `unseen`.
+
+    `seen`: with the picture; `unseen`: the same words without it. A model that copies its training data has the share of slips
+    in their descriptions in the one, and how often speech goes on that way in the other. Where `seen` exceeds the slips, the
+    habit of speech pulls against the picture.
+
+    >>> from headwise.models.scene_vlm import scene_vlm
+    >>> from headwise.tasks.scenes import make_scenes
+    >>> pull = pull_of_habit(scene_vlm(), make_scenes(4, habit="broken", generator=torch.Generator().manual_seed(0)))
+    >>> [0 < value < 0.2 for value in pull.values()]  # of random weights
+    [True, True]
+    """
+    begun = [
+        (row, place, FIRST_OBJECT + second)
+        for row, answer in enumerate(scenes.answers)
+        for place, token in enumerate(answer[:-1])
+        if (second := second_of(token - FIRST_OBJECT)) is not None and second not in scenes.objects(row)
+    ]
+    if scenes.task != "describe" or not begun:
+        raise TaskError(f"no description among {len(scenes)} scenes ({scenes.task!r}) has a first without its second")
+    rows, places, seconds = torch.tensor(begun).T
+    seen = scenes.training()
+    bare = torch.cat([scenes.prompt[:, :1], scenes.prompt[:, -2:]], dim=1)  # <bos> describe :
+    found = {}
+    for name, prompt, given in (("seen", scenes.prompt, seen), ("unseen", bare, with_answers(bare, scenes.answers))):
+        inputs = {key: value.to(model.device) for key, value in given.items() if key != "labels"}
+        chances = model(**inputs).logits.float().softmax(-1).cpu()
+        found[name] = float(chances[rows, prompt.shape[1] + places, seconds].mean())
+    return found
