@@ -122,8 +122,25 @@ class Sdpa:
         return f"library kernels over {served} on {request.q.device.type}"
 
     def run(self, request: Request) -> tuple[Tensor, Tensor | None]:
-        """Group by group."""
-        return over_groups(functools.partial(sdpa.attend, need_lse=request.need_lse, dropout=request.dropout), request)
+        """One library call where that serves all heads, else group by group."""
+        notes = request.notes
+        if "one_call" not in notes:
+            notes["one_call"] = _one_call(request)
+        is_causal = notes["one_call"]
+        if is_causal is None:
+            attend = functools.partial(sdpa.attend, need_lse=request.need_lse, dropout=request.dropout)
+            return over_groups(attend, request)
+        (group,) = request.groups
+        out = sdpa.fused(request.q, group.k, group.v, request.scale, dropout=request.dropout, is_causal=is_causal)
+        return finish(out, request.active, request.gate), None
+
+
+def _one_call(request: Request) -> bool | None:
+    """`sdpa.one_call` of a single group that holds all heads in order, if nothing but the output is wanted."""
+    alone = len(request.groups) == 1 and not request.need_lse and not request.compensated
+    if not alone or request.groups[0].heads != tuple(range(request.kv_heads)):
+        return None
+    return sdpa.one_call(request.groups[0], request.queries)
 
 
 class Flex:
@@ -193,46 +210,65 @@ def serve(request: Request) -> tuple[Tensor, Tensor | None]:
 def over_groups(kernel: GroupKernel, request: Request) -> tuple[Tensor, Tensor | None]:
     """Run every group on its own query heads, put the heads back in order, apply `active` and `gate`."""
     out, lse = _grouped(kernel, request)
-    if request.active is not None:
-        out = torch.where(request.active[..., None], out, torch.zeros((), dtype=out.dtype, device=out.device))
-    if request.gate is not None:
-        out = out * request.gate[..., None].to(out.dtype)
-    return out, lse
+    return finish(out, request.active, request.gate), lse
+
+
+def finish(out: Tensor, active: Tensor | None, gate: Tensor | None) -> Tensor:
+    """Apply gate and active (B, H, N) to an output (B, H, N, Dv) that nobody else holds.
+
+    What is not served is exactly 0, whatever was computed there and whatever the gate says.
+    """
+    if gate is None and active is None:
+        return out
+    if gate is not None:
+        recorded = torch.is_grad_enabled() and (out.requires_grad or gate.requires_grad)
+        factor = gate.unsqueeze(-1)
+        out = out * factor.to(out.dtype) if recorded else out.mul_(factor)
+    return out if active is None else torch.where(active.unsqueeze(-1), out, 0.0)
 
 
 def _grouped(kernel: GroupKernel, request: Request) -> tuple[Tensor, Tensor | None]:
     q, groups = request.q, request.groups
-    G = q.shape[1] // request.kv_heads
     if len(groups) == 1 and groups[0].heads == tuple(range(request.kv_heads)):
         return kernel(q, groups[0], request.queries, request.scale)
-    order: list[int] = []
-    outs, lses = [], []
-    for group in groups:
-        heads = query_heads(group.heads, G)
-        out, lse = kernel(take_heads(q, heads), group, request.queries, request.scale)
-        order += heads
-        outs.append(out)
-        lses.append(lse)
-    out = _in_order(torch.cat(outs, dim=1), order)
-    found = [lse for lse in lses if lse is not None]
-    if len(found) < len(lses):  # unasked, only groups with a compensation token have one
-        return out, None
-    return out, _in_order(torch.cat(found, dim=1), order)
+    mine, places = _arranged(tuple(tuple(group.heads) for group in groups), q.shape[1] // request.kv_heads)
+    found = [
+        kernel(take_heads(q, heads), group, request.queries, request.scale)
+        for heads, group in zip(mine, groups, strict=True)
+    ]
+    out = _joined([out for out, _ in found], places)
+    lses = [lse for _, lse in found if lse is not None]
+    # unasked, only groups with a compensation token have one
+    return out, _joined(lses, places) if len(lses) == len(found) else None
+
+
+def _joined(parts: list[Tensor], places: tuple[int, ...] | None) -> Tensor:
+    """Heads (dim 1) of all groups, in order."""
+    joined = torch.cat(parts, dim=1)
+    return joined if places is None else joined.index_select(1, _index(places, joined.device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _arranged(kv_heads: tuple[tuple[int, ...], ...], G: int) -> tuple[list[tuple[int, ...]], tuple[int, ...] | None]:
+    """Query heads of each group, and where each head stands when the groups' outputs are joined; None if in order."""
+    mine = [tuple(query_heads(heads, G)) for heads in kv_heads]
+    order = [head for heads in mine for head in heads]
+    places = tuple(sorted(range(len(order)), key=order.__getitem__))
+    return mine, None if order == sorted(order) else places
 
 
 def take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
     """Heads (dim 1) of x; neighbouring ones are a view, others are gathered."""
-    if list(heads) == list(range(heads[0], heads[-1] + 1)):
-        return x[:, heads[0] : heads[-1] + 1]
-    return x.index_select(1, _index(tuple(heads), x.device))
+    heads = tuple(heads)
+    run = _run(heads)
+    return x.index_select(1, _index(heads, x.device)) if run is None else x[:, run]
 
 
-def _in_order(x: Tensor, order: list[int]) -> Tensor:
-    """Undo an order of heads (dim 1)."""
-    if order == sorted(order):
-        return x
-    places = sorted(range(len(order)), key=order.__getitem__)
-    return x.index_select(1, _index(tuple(places), x.device))
+@functools.lru_cache(maxsize=4096)
+def _run(heads: tuple[int, ...]) -> slice | None:
+    """Neighbouring heads as a slice."""
+    first, last = heads[0], heads[-1]
+    return slice(first, last + 1) if heads == tuple(range(first, last + 1)) else None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -84,6 +84,12 @@ def tables() -> Iterator[Crossover]:
                 yield read(path)
             except ArtifactError as error:
                 logger.warning("%s; it is ignored", error)
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """The name by which a CUDA device's table is found, read once."""
+    return torch.cuda.get_device_name(device)
 
 
 @lru_cache(maxsize=256)

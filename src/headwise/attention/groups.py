@@ -84,6 +84,10 @@ class KVGroup:
         """The same keys with other values (used to read probability mass: values that are indicators)."""
         return replace(self, v=v)
 
+    def with_selection(self, selection: Selection) -> KVGroup:
+        """The same keys, of which queries read what lists name."""
+        return replace(self, selection=selection)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -181,6 +185,11 @@ def _gather_mask(mask: Tensor, k_pos: Tensor, start: Tensor | None) -> Tensor:
     batch, heads = max(mask.shape[0], columns.shape[0]), columns.shape[1]
     index = columns[:, :, None, :].expand(batch, heads, mask.shape[2], columns.shape[-1])
     return mask.expand(batch, heads, -1, -1).gather(-1, index)
+
+
+def numbered_by_column(group: KVGroup, queries: Queries) -> bool:
+    """Are positions columns and is there no mask, so that (lists aside) lengths, offset and pattern say who sees whom?"""
+    return group.positions is None and queries.start is None and queries.mask is None
 
 
 def query_heads(kv_heads: Sequence[int], group_size: int) -> list[int]:

@@ -7,14 +7,15 @@ Which keys a head reads is a pattern (per kv head), a ragged storage (`KVGroup`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from headwise.attention.backends import Ran, Request, choose, take_heads
-from headwise.attention.groups import KVGroup, Queries, Selection
+from headwise.attention import ways
+from headwise.attention.backends import Ran, choose
+from headwise.attention.groups import KVGroup, Queries
+from headwise.attention.ways import Given, Parts, Way
 from headwise.errors import AttentionError
 from headwise.plan import Full, Pattern
 
@@ -68,49 +69,71 @@ def attention(
     >>> attention(q, k, k, patterns=[Full(), SinkWindow(sinks=1, window=4)]).shape
     torch.Size([1, 4, 9, 8])
     """
-    groups = _as_groups(q, k, v, groups, patterns)
-    queries = _queries(q, groups, causal, mask, start, offset)
-    if selected is not None:
-        groups = [_with_selection(g, queries, selected, key_block, query_block) for g in groups]
-    _check(q, groups, active, gate)
-    for group in groups:
-        _check_group(q, group, causal)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    whole = None if k is None or v is None else (k, v)
-    request = Request(q, tuple(groups), queries, scale, active, gate, return_lse, dropout, whole)
-    chosen, ran = choose(request, backend)
-    out, lse = chosen.run(request)
+    given = Given(
+        q, k, v, groups, patterns, causal, mask, start, offset, active, gate, selected, key_block, query_block,
+        scale, dropout, return_lse, backend,
+    )  # fmt: skip
+    key = given.signature()
+    way = ways.recall(key)
+    if way is None:
+        parts, offset = _checked(given)
+        request = given.request(parts, offset, {})
+        way = Way(parts, offset, request.notes, *choose(request, backend))
+        ways.remember(key, way)
+        out, lse = way.backend.run(request)
+    else:
+        out, lse = way.run(given)
     if return_lse or explain:
-        return AttentionOutput(out, lse, ran)
+        return AttentionOutput(out, lse, way.ran)
     return out
 
 
 def split_by_pattern(k: Tensor, v: Tensor, patterns: Sequence[Pattern]) -> list[KVGroup]:
     """Groups of kv heads with equal patterns over the same dense keys, k (B, K, M, D)."""
-    if len(set(patterns)) == 1:
-        return [KVGroup(heads=tuple(range(len(patterns))), k=k, v=v, pattern=patterns[0])]
+    return list(ways.dense_groups(k, v, _alike(patterns)))
+
+
+def _alike(patterns: Sequence[Pattern]) -> Parts:
+    """Kv heads with equal patterns."""
     heads: dict[Pattern, list[int]] = {}
     for head, pattern in enumerate(patterns):
         heads.setdefault(pattern, []).append(head)
-    return [
-        KVGroup(heads=tuple(hs), k=take_heads(k, hs), v=take_heads(v, hs), pattern=pattern)
-        for pattern, hs in heads.items()
-    ]
+    return tuple((pattern, tuple(hs)) for pattern, hs in heads.items())
 
 
-def _as_groups(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    groups: Sequence[KVGroup] | None,
-    patterns: Pattern | Sequence[Pattern] | None,
-) -> list[KVGroup]:
+def _checked(given: Given) -> tuple[Parts | None, int]:
+    """The heads of dense keys by pattern, and the columns before the first query. Raises AttentionError for what does not fit."""
+    q, k, v = given.q, given.k, given.v
+    patterns = _patterns(given)
+    parts = None if patterns is None else _alike(patterns)
+    groups = ways.dense_groups(k, v, parts) if k is not None and v is not None and parts else given.groups or ()
+    queries = _queries(q, groups, given.causal, given.mask, given.start, given.offset)
+    if given.selected is not None:
+        for group in groups:
+            _check_selection(group, queries, given)
+    _check(q, groups, given.active, given.gate)
+    for group in groups:
+        _check_group(q, group, given.causal)
+    if patterns is not None and given.backend in ("auto", "sdpa"):
+        parts = _alike([_as_read(pattern, queries, k.shape[2]) for pattern in patterns])  # type: ignore[union-attr]
+    return parts, queries.offset
+
+
+def _as_read(pattern: Pattern, queries: Queries, M: int) -> Pattern:
+    """A window at least as long as the text reads all of it: then all heads are alike."""
+    short = queries.causal and queries.offset + queries.count == M and not pattern.selects
+    return Full() if short and pattern.kept(M) == M else pattern
+
+
+def _patterns(given: Given) -> Sequence[Pattern] | None:
+    """One pattern a kv head of dense keys; None where groups are given. Raises AttentionError where neither fits."""
+    k, v, groups, patterns = given.k, given.v, given.groups, given.patterns
     if (groups is None) == (k is None) or (k is None) != (v is None):
         raise AttentionError("give either k and v, or groups")
     if groups is not None:
         if patterns is not None:
             raise AttentionError("patterns= belongs to dense k, v; a KVGroup carries its own pattern")
-        return list(groups)
+        return None
     assert k is not None and v is not None
     if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
         raise AttentionError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be (B, K, M, D) and agree in B, K, M")
@@ -120,7 +143,7 @@ def _as_groups(
         raise AttentionError(
             f"patterns is {patterns!r:.80}; it must hold one Pattern for each of the {k.shape[1]} kv heads"
         )
-    return split_by_pattern(k, v, patterns)
+    return patterns
 
 
 def _queries(
@@ -166,8 +189,10 @@ def _check_start(q: Tensor, groups: Sequence[KVGroup], start: Tensor, mask: Tens
         raise AttentionError("start by query (packed rows) needs causal attention, dense keys and no mask=")
 
 
-def _with_selection(group: KVGroup, queries: Queries, selected: Tensor, key_block: int, query_block: int) -> KVGroup:
-    """The group's part of the lists. Raises AttentionError where lists and keys do not fit together."""
+def _check_selection(group: KVGroup, queries: Queries, given: Given) -> None:
+    """Raises AttentionError where lists and keys do not fit together."""
+    selected, key_block, query_block = given.selected, given.key_block, given.query_block
+    assert selected is not None
     B, N = group.k.shape[0], queries.count
     if min(key_block, query_block) < 1:
         raise AttentionError(f"key_block={key_block} and query_block={query_block} must be at least 1")
@@ -183,9 +208,6 @@ def _with_selection(group: KVGroup, queries: Queries, selected: Tensor, key_bloc
         )
     if group.positions is not None:
         raise AttentionError("selected names columns; a ragged cache holds keys in any order")
-    return replace(
-        group, selection=Selection(take_heads(selected, group.heads), key_block, query_block, queries.offset)
-    )
 
 
 def _check(q: Tensor, groups: Sequence[KVGroup], active: Tensor | None, gate: Tensor | None) -> None:

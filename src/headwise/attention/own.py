@@ -45,7 +45,7 @@ class Own:
         form, tokens = self._form(request), request.queries.count
         if form == "selected":
             return "lists of selected keys, which no library reads"
-        table = crossover.lookup(_device_name(request.q.device), request.q.dtype, request.q.shape[-1])
+        table = crossover.lookup(crossover.device_name(request.q.device), request.q.dtype, request.q.shape[-1])
         if form == "chunk":
             return f"{tokens} tokens behind their past: libraries take a mask or plan anew for every length"
         if form in ("routed", "windowed"):
@@ -107,11 +107,6 @@ def unable(x: Tensor) -> str | None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or x.shape[-1] not in HEAD_DIMS:
         return f"it has no {x.dtype} kernel for head dim {x.shape[-1]}"
     return None
-
-
-@functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
 
 
 def _installed() -> bool:

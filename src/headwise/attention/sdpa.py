@@ -7,17 +7,22 @@ sinks and its own band of keys, so work and memory follow the window and not N x
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from headwise.attention.groups import KVGroup, Queries, visible
+from headwise.attention.groups import KVGroup, Queries, numbered_by_column, visible
+from headwise.plan import Pattern
 
 MASK_ELEMENTS = 1 << 24  # no mask or logit block is larger than this many elements
 BAND_ROWS = 256  # queries of one block of a windowed prefill
+KEPT_ELEMENTS = 1 << 18  # a mask that is kept for the next call is not larger than this many elements
 
 
 def attend(
@@ -26,10 +31,9 @@ def attend(
     """The same function as `reference.attend`; `lse` is None unless asked for."""
     if need_lse or group.compensation is not None:
         return _direct(q, group, queries, scale)
-    if group.complete and group.tail == 0 and queries.mask is None:
-        return _fused(q, group.k, group.v, scale, dropout=dropout), None
-    if _plain_causal(group, queries):
-        return _fused(q, group.k, group.v, scale, dropout=dropout, is_causal=queries.count > 1), None
+    is_causal = one_call(group, queries)
+    if is_causal is not None:
+        return fused(q, group.k, group.v, scale, dropout=dropout, is_causal=is_causal), None
     if not dropout and past_and_chunk(group, queries) and not _needs_grad(q, group):
         found = _joined(q, group, scale)
         if found is not None:
@@ -37,13 +41,21 @@ def attend(
     return _blocks(q, group, queries, scale, dropout), None
 
 
-def _plain_causal(group: KVGroup, queries: Queries) -> bool:
-    """A square causal triangle, or one query that sees everything: no mask tensor is needed."""
-    whole = group.positions is None and group.k.shape[2] == queries.offset + queries.count
-    reads_all = group.pattern.kept(group.k.shape[2]) == group.k.shape[2]
+def one_call(group: KVGroup, queries: Queries) -> bool | None:
+    """`is_causal` of the library call that serves a group without a mask tensor; None where one is needed.
+
+    All slots that every query sees; without a causal rule; a square causal triangle, or one query that sees everything.
+    """
+    if group.complete and group.tail == 0 and queries.mask is None:
+        return False
+    if group.selection is not None or not numbered_by_column(group, queries):
+        return None
+    S = group.k.shape[2]
+    if not queries.causal:
+        return False if group.pattern.keeps_all else None
+    whole = queries.offset + queries.count == S and group.pattern.kept(S) == S
     square = queries.offset == 0 or queries.count == 1
-    free = queries.mask is None and queries.start is None and group.selection is None
-    return queries.causal and whole and reads_all and square and free
+    return queries.count > 1 if whole and square else None
 
 
 def past_and_chunk(group: KVGroup, queries: Queries) -> bool:
@@ -90,29 +102,55 @@ def _with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_causal: bool)
     return out, lse.reshape(B, H, -1)[..., :N]
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, *, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
+def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, *, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
+    """One call of the library, by its fastest kernel here."""
+    options: dict[str, Any] = {"dropout_p": dropout, "is_causal": is_causal, "scale": scale}
+    options["enable_gqa"] = q.shape[1] != k.shape[1]
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, **options)
     with preferred_kernels(q):
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
-def preferred_kernels(q: Tensor) -> AbstractContextManager[None]:
+def preferred_kernels(q: Tensor) -> AbstractContextManager[Any]:
     """On Hopper cuDNN is 1.7x faster than the default kernel; elsewhere PyTorch's own order is best.
 
     Not for one query: cuDNN plans anew, for some 40 ms on the host, whenever the keys have grown.
     """
-    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.dtype in (torch.float16, torch.bfloat16):
-        order = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        ]
-        if q.ndim == 4 and q.shape[2] == 1:
-            order[:2] = order[1], order[0]
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or not _hopper(q.device.index):
+        return nullcontext()
+    first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    if q.ndim == 4 and q.shape[2] == 1:
+        first.reverse()
+    order = [*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if torch.compiler.is_compiling() or not _Order.possible:
         return sdpa_kernel(order, set_priority=True)
-    return nullcontext()
+    return _Order(order)
+
+
+@functools.cache
+def _hopper(index: int | None) -> bool:
+    return torch.cuda.get_device_capability(index)[0] == 9
+
+
+class _Order:
+    """`sdpa_kernel(order, set_priority=True)` for a tenth of its time on the host, which is 18 µs.
+
+    Only the order is set. Kernels that were switched off stay off, as `sdpa_kernel` would not leave them.
+    """
+
+    possible = hasattr(torch._C, "_get_sdp_priority_order") and hasattr(torch._C, "_set_sdp_priority_order")
+
+    def __init__(self, first: Sequence[SDPBackend]) -> None:
+        self.first = first
+
+    def __enter__(self) -> None:
+        self.before = torch._C._get_sdp_priority_order()
+        first = [int(kernel) for kernel in self.first]  # type: ignore[call-overload]
+        torch._C._set_sdp_priority_order(first + [kernel for kernel in self.before if kernel not in first])
+
+    def __exit__(self, *raised: object) -> None:
+        torch._C._set_sdp_priority_order(self.before)
 
 
 def _blocks(q: Tensor, group: KVGroup, queries: Queries, scale: float, dropout: float) -> Tensor:
@@ -126,8 +164,48 @@ def _blocks(q: Tensor, group: KVGroup, queries: Queries, scale: float, dropout: 
         part = queries.rows(begin, end)
         slots = _band(group, part, queries.offset + queries.count) if banded else None
         k, v = (group.k, group.v) if slots is None else (group.k[:, :, slots], group.v[:, :, slots])
-        outs.append(_masked(q[:, :, begin:end], k, v, visible(group, part, slots), scale, dropout))
+        outs.append(_masked(q[:, :, begin:end], k, v, _sight(group, part, slots), scale, dropout))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+class Sight(NamedTuple):
+    """Who sees whom, bool (B or 1, 1 or Kg or Hg, n, S): rows that see nothing see everything in `seen` and are False in `sighted`.
+
+    `sighted` (…, n, 1) is None where every row is known to see something.
+    """
+
+    seen: Tensor
+    sighted: Tensor | None
+
+
+def _sight(group: KVGroup, part: Queries, slots: Tensor | None) -> Sight:
+    """The mask of one block of queries; what follows from lengths alone, and is small, is made once and kept."""
+    S, lists = group.k.shape[2], group.selection
+    small = slots is None and part.count * S <= KEPT_ELEMENTS
+    if small and part.causal and numbered_by_column(group, part) and not _in_passing(group.k):
+        kept = _kept_sight(group.pattern, part.count, part.offset, S, group.k.device)
+        if lists is None:
+            return kept
+        seen = kept.seen & lists.mask(part, S)
+        seen = seen if kept.sighted is None else seen & kept.sighted
+    else:
+        seen = visible(group, part, slots)
+    sighted = seen.any(dim=-1, keepdim=True)
+    return Sight(seen | ~sighted, sighted)
+
+
+def _in_passing(x: Tensor) -> bool:
+    """Is memory that is made now somebody else's: a graph's that is being captured, a compiler's that traces?"""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_sight(pattern: Pattern, count: int, offset: int, S: int, device: torch.device) -> Sight:
+    with torch.inference_mode(False):
+        rows, columns = torch.arange(offset, offset + count, device=device), torch.arange(S, device=device)
+        seen = pattern.reads(rows[:, None], columns)[None, None]
+        sighted = seen.any(dim=-1, keepdim=True)
+        return Sight(seen | ~sighted, None if bool(sighted.all()) else sighted)
 
 
 def _has_band(group: KVGroup, queries: Queries) -> bool:
@@ -159,18 +237,19 @@ def _band(group: KVGroup, part: Queries, columns: int) -> Tensor:
     return torch.cat([torch.arange(always, device=device), torch.arange(low, high, device=device)])
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, dropout: float) -> Tensor:
+def _masked(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, dropout: float) -> Tensor:
     """One masked call. Rows that see nothing are let see everything and zeroed afterwards: no NaN can arise."""
     G = q.shape[1] // k.shape[1]
-    if seen.shape[1] not in (1, q.shape[1]):
-        seen = seen.repeat_interleave(G, dim=1)
-    sighted = seen.any(dim=-1, keepdim=True)
+    seen, sighted = (None if x is None else _by_query_head(x, q.shape[1], G) for x in sight)
     if G > 1 and q.is_cuda:  # fused CUDA kernels take a mask only without GQA
         k, v = k.repeat_interleave(G, dim=1), v.repeat_interleave(G, dim=1)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen | ~sighted, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return torch.where(sighted, out, torch.zeros((), dtype=out.dtype, device=out.device))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, scale=scale, enable_gqa=grouped)
+    return out if sighted is None else torch.where(sighted, out, 0.0)
+
+
+def _by_query_head(x: Tensor, H: int, G: int) -> Tensor:
+    return x if x.shape[1] in (1, H) else x.repeat_interleave(G, dim=1)
 
 
 def _direct(q: Tensor, group: KVGroup, queries: Queries, scale: float) -> tuple[Tensor, Tensor]:
