@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from headwise.attach.edit import Applied, apply_output_edits, apply_query_edits
 from headwise.attach.hook import HeadCall
 from headwise.attach.locate import Stack
+from headwise.attention.gating import gated
 from headwise.cache import HeadwiseCache, HeadwiseLayer
 from headwise.edits import HeadEdits
 from headwise.errors import AttachError, CacheError
@@ -131,9 +133,11 @@ class Site:
         self.hidden = None
         if self.patterns is not None:
             self._open_cache(call)
-        q = apply_query_edits(self.edits, call)
+        if self.edits:
+            q = apply_query_edits(self.edits, call)
         out, weights = self._attend(call, q) if self.router is None else self._routed(self.router, call, q)
-        out = apply_output_edits(self.edits, call, out)
+        if self.edits:
+            out = apply_output_edits(self.edits, call, out)
         for observe in self.observers:
             observe(call, out)
         return out, weights
@@ -149,7 +153,7 @@ class Site:
         out = None if wanted else call.attend_served(q, gates)
         if out is None:
             out, weights = self._attend(call, q)
-            out = out * gates[..., None].to(out.dtype)
+            out = gated(out, gates)
         fill = getattr(router, "fill", None)
         if fill is None:
             return out, weights
@@ -159,6 +163,12 @@ class Site:
     def _columns(self, q: Tensor, k: Tensor) -> tuple[int, int]:
         """(columns before the first query, column of the first key): a sliding cache lets old columns go, a static one is longer."""
         cache, N, M = self.controller.cache, q.shape[2], k.shape[2]
+        layers = cache.layers if isinstance(cache, DynamicCache) else ()
+        if self.layer < len(layers) and getattr(layers[self.layer], "keys", None) is k:
+            return (
+                M - N,
+                0,
+            )  # the layer hands over all that it holds: known without asking, in every layer of every step
         seen = 0 if cache is None or isinstance(cache, HeadwiseCache) else int(cache.get_seq_length(self.layer))
         return (M - N, 0) if seen < N else (seen - N, max(0, seen - M))
 
@@ -170,9 +180,9 @@ class Site:
         for transform in self.transforms:
             compute = functools.partial(transform, call, compute)
         out = compute()
-        B, H, N = call.q.shape[:3]
-        if out.shape != (B, N, H, call.v.shape[-1]):
-            wanted = (B, N, H, call.v.shape[-1])
+        B, H, N, _ = call.q.shape
+        wanted = (B, N, H, call.v.shape[-1])
+        if out.shape != wanted:
             raise AttachError(
                 f"layer {self.layer}: a transform gave {tuple(out.shape)}; head outputs are (B, N, H, D) = {wanted}"
             )

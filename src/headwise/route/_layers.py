@@ -14,6 +14,7 @@ from headwise.attach.hook import HeadCall
 from headwise.errors import AttachError
 from headwise.route._collect import Collector
 from headwise.route._config import LayerRoute, RouterConfig
+from headwise.route._fused_heads import HeadRule, fused_heads, fused_heads_work
 from headwise.route._local import count, local_features
 from headwise.route._losses import balance_loss, select
 
@@ -36,12 +37,24 @@ class RouterLayer(nn.Module):
     def forward(self, call: HeadCall) -> Tensor:
         """Gates (B, N, H) of the heads on this tensor-parallel rank."""
         with torch.autocast(call.q.device.type, enabled=False):
-            shared, routed, probs, mask = self.gates(call)
-            gates = torch.cat([shared, routed], dim=-1)
-            if self.route.shared != tuple(range(len(self.route.shared))):
-                gates = gates.index_select(-1, self.order)
-            self._note(call, gates, probs, mask)
+            gates, loss = self.balanced(call)
+        self._note(call, gates, loss)
         return gates[..., call.site.first_head : call.site.first_head + call.q.shape[1]]
+
+    def balanced(self, call: HeadCall) -> tuple[Tensor, Tensor | None]:
+        """Gates (B, N, H) in head order, and the balance loss where one is wanted."""
+        shared, routed, probs, mask = self.gates(call)
+        gates = torch.cat([shared, routed], dim=-1)
+        if self.route.shared != tuple(range(len(self.route.shared))):
+            gates = gates.index_select(-1, self.order)
+        if not self.learns:
+            return gates, None
+        return gates, balance_loss(probs, mask, call.real_tokens(), self.config.balance)
+
+    @property
+    def learns(self) -> bool:
+        """Is a balance loss wanted: in training, where tokens choose?"""
+        return self.training and self.route.routed > 0
 
     def gates(self, call: HeadCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gates of shared (B, N, S) and routed heads (B, N, E), probabilities and 0/1 choice of the routed ones."""
@@ -51,19 +64,14 @@ class RouterLayer(nn.Module):
         """The gates (H,), if they are the same for every token."""
         raise NotImplementedError
 
-    def _note(self, call: HeadCall, gates: Tensor, probs: Tensor, mask: Tensor) -> None:
-        wanted = self.training and self.route.routed > 0
-        if not wanted and self.collector.load is None:
-            return
-        # Computed in every run, kept from the first: a recomputation must save the same tensors as the run it repeats.
-        real = call.real_tokens()
-        loss = balance_loss(probs, mask, real, self.config.balance) if wanted else None
-        if not self.collector.first(self.layer):
+    def _note(self, call: HeadCall, gates: Tensor, loss: Tensor | None) -> None:
+        """The loss is computed in every run and kept from the first: a recomputation must save the tensors of the run it repeats."""
+        if (loss is None and self.collector.load is None) or not self.collector.first(self.layer):
             return
         if loss is not None:
             self.collector.add_loss(self.layer, loss)
         if self.collector.load is not None:
-            self.collector.load.add(self.layer, gates, real)
+            self.collector.load.add(self.layer, gates, call.real_tokens())
 
 
 class TrainedLayer(RouterLayer):
@@ -71,10 +79,11 @@ class TrainedLayer(RouterLayer):
 
     "official" (equations of the released code): shared g = 2 a1 · S s_i, routed g = 2 a2 · K p_i m_i / sum_j p_j m_j, so
     that the mean gate is 1. "paper" (equations 5 and 6): shared g = a1 s_i, routed g = a2 p_i m_i. Without shared heads
-    there is no a; without routed ones neither, and g = S s_i or s_i.
+    there is no a; without routed ones neither, and g = S s_i or s_i. On CUDA by kernels of our own (`_fused_heads.py`).
     """
 
     needs_hidden = True
+    place: Tensor
 
     def __init__(
         self, config: RouterConfig, layer: int, collector: Collector, generator: torch.Generator | None = None
@@ -84,6 +93,19 @@ class TrainedLayer(RouterLayer):
         self.W_r = _projection(E if K else 0, config.width, generator)
         self.W_s = _projection(S if S > 1 else 0, config.width, generator)
         self.W_h = _projection(2 if K and S else 0, config.width, generator)
+        self.register_buffer("place", torch.tensor([*self.route.shared, *self.route.pool]), persistent=False)
+        official = config.gate_norm == "official"
+        self.rules = HeadRule(S, E, K, official), HeadRule(S, E, K, official, config.balance)
+
+    def balanced(self, call: HeadCall) -> tuple[Tensor, Tensor | None]:
+        """By the kernels where they work."""
+        x, rule = call.hidden, self.rules[self.learns]
+        if x is None or not fused_heads_work(x, rule):
+            return super().balanced(call)
+        real = call.real_tokens() if rule.balance else None
+        real = None if real is None else real.flatten()
+        gates, loss = fused_heads(x.flatten(0, 1), self.W_r, self.W_s, self.W_h, rule, self.place, real)
+        return gates.unflatten(0, x.shape[:2]), loss
 
     def gates(self, call: HeadCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See the class."""
