@@ -219,20 +219,28 @@ def test_beams_do_not_move_the_books_at_every_token():
 def test_a_graph_needs_to_be_told_where_tokens_stand_and_leaves_other_forwards_alone():
     """Positions that a model finds out by itself would be those of one step; a forward pass that another tool hung there comes back."""
     model = tiny()
-    owner, names = model.model, ["input_ids", "attention_mask", "position_ids"]
+    owner = model.model
     other = owner.forward
     owner.__dict__["forward"] = other
-    capture, position = Capture(owner, lambda: None, names), {"position_ids": torch.zeros(2, 1)}
+    capture, position = Capture(owner, lambda: None), {"position_ids": torch.zeros(2, 1)}
     even, padded_ = (HeadwiseCache(half(model)).fill(random(2, 2, 9, D), random(2, 2, 9, D)) for _ in range(2))
     padded_.layers[0].start = torch.tensor([0, 4])
     assert capture.placed({}, even) and capture.placed(position, padded_) and not capture.placed({}, padded_)
     capture.remove()
     assert owner.__dict__["forward"] == other
     del owner.__dict__["forward"]
-    blind = Capture(owner, lambda: None, ["input_ids"])
+    assert "forward" not in owner.__dict__
+    blind = Capture(Blind(), lambda: None)
     assert not blind.placed(position, even)
     blind.remove()
-    assert "forward" not in owner.__dict__
+    assert "forward" not in blind.owner.__dict__
+
+
+class Blind(torch.nn.Module):
+    """A model that takes no positions."""
+
+    def forward(self, input_ids):
+        return input_ids
 
 
 def test_a_dropped_cache_is_freed_at_once():

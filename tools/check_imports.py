@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = "headwise"
 VERBS = ("route", "score", "budget", "steer", "scale")
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "callable_module", "progress"),
+    ("arguments", "errors", "callable_module", "progress"),
     ("checks", "registry", "storage", "addresses", "units", "patterns", "plan", "selection", "edits", "expert_edits"),
     (
         "modes",

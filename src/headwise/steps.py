@@ -55,7 +55,7 @@ class Steps:
         self.k_ptr, self.v_ptr, self.p_ptr = both[0], both[1], both[2]
 
     def _table(self, layer: int) -> Table:
-        this = weakref.ref(self)  # no ring of references: a dropped cache is freed at once, without the garbage collector
+        this = weakref.ref(self)  # no ring of references: a dropped cache is freed without the garbage collector
 
         def groups() -> list[KVGroup]:
             steps = this()

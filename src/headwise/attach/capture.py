@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.arguments import CACHE, CACHE_NAMES, argument_names, bound, cache_argument
 from headwise.cache import HeadwiseCache, HeadwiseLayer
 from headwise.steps import Steps
 
 logger = logging.getLogger(__name__)
-DROPPED = (
-    "attention_mask",
-    "past_key_values",
-)  # a step reads all that the cache holds, which was checked; the cache is the cache
+DROPPED = ("attention_mask", CACHE)  # a step reads all that the cache holds, which was checked; the cache is the cache
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -40,8 +38,8 @@ class Graph:
 class Capture:
     """The forward pass of one stack's owner, with decode steps replayed."""
 
-    def __init__(self, owner: nn.Module, cache: Callable[[], object], names: list[str]):
-        self.owner, self.cache, self.names = owner, cache, names
+    def __init__(self, owner: nn.Module, cache: Callable[[], object]):
+        self.owner, self.cache = owner, cache
         self.before = owner.__dict__.get("forward")  # a forward pass that somebody else hung there
         self.original = owner.forward
         self.seen: set[tuple] = set()  # shapes that ran once: kernels are compiled, libraries set up
@@ -64,7 +62,7 @@ class Capture:
         if steps is None or torch.is_grad_enabled() or self.refused is not None:
             return self.original(*args, **kwargs)
         assert isinstance(cache, HeadwiseCache)
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = bound(self.owner, args, kwargs)
         key = _key(given)
         if key is None or key not in self.seen or not self.placed(given, cache):
             if key is not None:
@@ -91,7 +89,7 @@ class Capture:
         it must take `position_ids`, and be given them where rows are padded.
         """
         stated = given.get("position_ids") is not None
-        return "position_ids" in self.names and (stated or cache.layers[0].start is None)
+        return "position_ids" in argument_names(self.owner) and (stated or cache.layers[0].start is None)
 
     def _inputs(self, given: dict[str, Any], cache: HeadwiseCache) -> dict[str, Tensor]:
         """The tensors of a step; positions are always among them, as a number would be captured with the rest."""
@@ -111,7 +109,7 @@ class Capture:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                out = self.original(**plain, **static, attention_mask=None, past_key_values=cache)
+                out = self.original(**plain, **static, attention_mask=None, **cache_argument(self.owner, cache))
         except Exception as error:  # whatever a model does that a graph cannot hold
             for layer in layers:
                 layer.seen, layer.pending = before[0], None
@@ -144,6 +142,4 @@ def _key(given: dict[str, Any]) -> tuple | None:
 def _fresh(out: Any, cache: HeadwiseCache) -> Any:
     """A copy of the output, which the next replay overwrites, with the cache as the caller has it."""
     values = {name: x.clone() if isinstance(x, Tensor) else x for name, x in out.items()}
-    if "past_key_values" in values:
-        values["past_key_values"] = cache
-    return type(out)(**values)
+    return type(out)(**values | {name: cache for name in CACHE_NAMES if name in values})

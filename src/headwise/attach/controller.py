@@ -7,9 +7,8 @@ goes, the model is as it was: implementation name, hooks and attributes.
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from headwise.arguments import CACHE, bound, with_cache
 from headwise.attach import hook
 from headwise.attach.capture import Capture
 from headwise.attach.edit import localize
@@ -87,8 +87,8 @@ class Controller:
             taken = [i for i in self.interventions if getattr(i, name) is not None]
             if getattr(intervention, name) is not None and taken:
                 raise AttachError(f"this model already has a {name} attached; detach it first")
-        if intervention.plan is not None and self.base not in hook.PLAN_BASES:
-            raise AttachError(f"a KV plan needs attn_implementation in {hook.PLAN_BASES}, the model has {self.base!r}")
+        if intervention.plan is not None and (why := hook.inexpressible(self.base, {})):
+            raise AttachError(f"a KV plan cannot be attached, because {why}")
         if intervention.plan is not None and getattr(self.stack.config, "kv_lora_rank", None):
             raise AttachError(
                 "this model caches one latent for all heads (MLA): no kv head has a cache of its own to budget"
@@ -137,7 +137,7 @@ class Controller:
         if self._capture is not None:
             self._capture.remove()
         owner = self.stack.owner
-        self._capture = Capture(owner, lambda: self.cache, _names(type(owner))) if wanted else None
+        self._capture = Capture(owner, lambda: self.cache) if wanted else None
 
     def _watch_hidden(self) -> None:
         """A pre-hook on the attention modules whose hidden states something reads; the others stay without a hook."""
@@ -154,9 +154,9 @@ class Controller:
     def _before(self, owner: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Note the 2-D mask and the cache; under a plan give the model a cache that frees memory."""
         self._keep_switched()
-        given = _bound(type(owner), args, kwargs)
+        given = bound(owner, args, kwargs)
         self._mask, self._padding, self._plain = _brief(given.get("attention_mask")), None, {}
-        cache = wanted = given.get("past_key_values")
+        cache = wanted = given.get(CACHE)
         if self.sites[0].patterns is not None:
             wanted = self._plan_cache(cache, given, owner)
         self._cache = None if wanted is None else weakref.ref(wanted)
@@ -164,8 +164,7 @@ class Controller:
             self._step(wanted, given)
         if wanted is cache:
             return None
-        args, kwargs = _replace_argument(type(owner), args, kwargs, "past_key_values", wanted)
-        return args, kwargs
+        return with_cache(owner, args, kwargs, wanted)
 
     def _step(self, cache: HeadwiseCache, given: dict) -> None:
         """A token alone behind a prompt: its bookkeeping moves to the device, if that is possible and its mask hides nothing more."""
@@ -250,7 +249,7 @@ class Controller:
         plan, local = next(i.plan for i in self.interventions if i.plan is not None), self._local_plan()
         if cache.plan.patterns not in (plan.patterns, local.patterns) or cache.plan.prefill != plan.prefill:
             raise AttachError(
-                f"past_key_values holds a HeadwiseCache of another plan ({cache.plan}) than the attached one ({plan})"
+                f"the model was given a HeadwiseCache of another plan ({cache.plan}) than the attached one ({plan})"
             )
         self._fits = cache.plan
 
@@ -350,29 +349,6 @@ def tensor_parallel(module: nn.Module) -> tuple[int, int]:
             mesh = parameter.device_mesh
             return mesh.get_local_rank(), mesh.size()
     return 0, 1
-
-
-def _names(cls: type[nn.Module]) -> list[str]:
-    """Names of the arguments of a module's forward, in order."""
-    return _names_of(cls.forward)
-
-
-@functools.cache
-def _names_of(forward: Callable) -> list[str]:
-    return [name for name in inspect.signature(forward).parameters if name != "self"]
-
-
-def _bound(cls: type[nn.Module], args: tuple, kwargs: dict) -> dict:
-    """Arguments of a forward call by name."""
-    return {**dict(zip(_names(cls), args, strict=False)), **kwargs}
-
-
-def _replace_argument(cls: type[nn.Module], args: tuple, kwargs: dict, name: str, value: object) -> tuple[tuple, dict]:
-    names = _names(cls)
-    if name in names[: len(args)]:
-        at = names.index(name)
-        return (*args[:at], value, *args[at + 1 :]), kwargs
-    return args, {**kwargs, name: value}
 
 
 def controllers(model: nn.Module) -> Sequence[Controller]:

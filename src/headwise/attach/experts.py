@@ -9,7 +9,6 @@ Letters: B rows, N columns, T = B·N tokens, C width, E experts, k chosen a toke
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headwise.arguments import CACHE, argument_names, bound
 from headwise.attach.expert_call import ExpertCall, apply_edits
 from headwise.attach.expert_record import ExpertRecord
 from headwise.attach.expert_stack import ExpertLayer, ExpertStack, find_experts
@@ -115,7 +115,7 @@ class _Controller:
         if self.now is None:
             raise AttachError("the experts ran outside the model that they were attached to")
         given = bound(experts, args, kwargs)
-        hidden, index, weight = (given[name] for name in list(inspect.signature(type(experts).forward).parameters)[1:4])
+        hidden, index, weight = (given[name] for name in argument_names(experts)[:3])
         if index.numel() and (index.ndim != 2 or weight.shape != index.shape):
             raise AttachError(
                 f"layer {layer.layer}: experts were called with {tuple(index.shape)}, {tuple(weight.shape)}"
@@ -148,19 +148,13 @@ class _Controller:
         return apply_edits(call, active) if active else call
 
 
-def bound(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Arguments of a call of a module's forward by name."""
-    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
 def locate_tokens(given: dict) -> TokenPlaces:
-    """Where the tokens of a forward pass stand, from the arguments of the module that runs the layers."""
+    """Where the tokens of a forward pass stand, from the arguments (as `bound` gives them) of the module that runs the layers."""
     states = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if states is None:
         raise AttachError("the model was called with neither input_ids nor inputs_embeds: tokens have no address")
     (B, N), device = states.shape[:2], states.device
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    cache, mask = given.get(CACHE), given.get("attention_mask")
     past = int(cache.get_seq_length()) if cache is not None else 0
     columns = past + torch.arange(N, device=device)
     if isinstance(mask, dict):

@@ -10,7 +10,7 @@ Letters: B batch, H query heads, K kv heads, G = H/K, N queries, M key columns, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,14 @@ def base_function(module: nn.Module, base: str) -> Callable:
             f"{type(module).__name__} has no eager_attention_forward; load the model with attn_implementation='sdpa'"
         )
     return function
+
+
+def inexpressible(base: str, options: Mapping[str, object]) -> str | None:
+    """Why the headwise op cannot stand in for the base attention of calls with these options; None where it can."""
+    if base not in PLAN_BASES:
+        return f"the model has attn_implementation {base!r}; it must be one of {PLAN_BASES}, whose mask can be read"
+    used = [name for name in INEXPRESSIBLE if options.get(name) is not None]
+    return f"the model passes {used} to its attention, which the headwise op cannot express" if used else None
 
 
 def headwise_attention(
@@ -164,16 +172,15 @@ class HeadCall:
         positions = self._column_positions()
         return [replace(group, positions=positions, tail=self.k.shape[2]) for group in groups]
 
+    @property
+    def inexpressible(self) -> str | None:
+        """Why the headwise op cannot stand in for the base attention of this call; None where it can."""
+        return inexpressible(self.site.controller.base, self.options)
+
     def need_expressible(self, what: str) -> None:
         """Refuse a call whose softmax or mask the headwise op cannot reproduce; `what` needs it."""
-        used = [name for name in INEXPRESSIBLE if self.options.get(name) is not None]
-        if used:
-            raise AttachError(
-                f"layer {self.layer}: the model passes {used} to its attention, which {what} cannot express"
-            )
-        base = self.site.controller.base
-        if base not in PLAN_BASES:
-            raise AttachError(f"{what} needs attn_implementation in {PLAN_BASES}, the model has {base!r}")
+        if why := self.inexpressible:
+            raise AttachError(f"layer {self.layer}: {what} cannot be had, because {why}")
 
     def attend_pattern(self, pattern: Pattern) -> Tensor:
         """Attention output (B, N, H, Dv) in which every head reads its keys by `pattern`, differentiable, by the headwise op."""
@@ -207,7 +214,7 @@ class HeadCall:
         """
         if not q.is_cuda or self.groups is not None or self.first_column or self.past or self.mask is not None:
             return None
-        if self.site.controller.base not in PLAN_BASES or any(self.options.get(n) is not None for n in INEXPRESSIBLE):
+        if self.inexpressible:
             return None
         gate = gates.transpose(1, 2)
         groups, dropout = tuple(self.key_groups()), float(self.options.get("dropout") or 0.0)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from headwise.arguments import cache_argument, cache_of
 from headwise.checks import whole
 from headwise.errors import TaskError
 from headwise.tasks.texts import draw_tokens, encode, english
@@ -100,12 +101,14 @@ def _answered(model: Any, ids: list[int], turns: list[list[int]], new: int) -> t
     text, answers, past = list(ids), [False] * len(ids), None
     for turn in turns:
         text, answers = text + turn, answers + [False] * len(turn)
-        out = model(_tensor(text[_seen(past) :], model), past_key_values=past, use_cache=True, logits_to_keep=1)
+        out = model(
+            _tensor(text[_seen(past) :], model), use_cache=True, logits_to_keep=1, **cache_argument(model, past)
+        )
         for _ in range(new):
-            past, token = out.past_key_values, int(out.logits[0, -1].argmax())
+            past, token = cache_of(out), int(out.logits[0, -1].argmax())
             text, answers = [*text, token], [*answers, True]
             if len(answers) < len(ids) + sum(map(len, turns)) + new * len(turns):  # the last one is never read
-                out = model(_tensor([token], model), past_key_values=past, use_cache=True, logits_to_keep=1)
+                out = model(_tensor([token], model), use_cache=True, logits_to_keep=1, **cache_argument(model, past))
     return torch.tensor(text), torch.tensor(answers)
 
 

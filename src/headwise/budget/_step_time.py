@@ -19,6 +19,7 @@ from torch import nn
 
 from headwise import storage
 from headwise.addresses import Fingerprint, read_fingerprint
+from headwise.arguments import cache_argument
 from headwise.attach import attach, find_stack, fingerprint
 from headwise.cache import HeadwiseCache
 from headwise.checks import finite, whole
@@ -171,9 +172,12 @@ class StepTime:
             for name in ("floor_ms", "rate"):
                 labels[name] = finite(name, storage.field(payload, name, float), ArtifactError)
             labels["empty_ms"] = tuple(_pair(row) for row in storage.field(payload, "empty_ms", list))
-            if labels["rate"] <= 0 or labels["floor_ms"] <= 0:
-                raise ArtifactError("rate and floor_ms must be above 0")
             points = tuple(_point(row) for row in storage.field(payload, "points", list))
+            if min(labels["rate"], labels["floor_ms"], *(point.ms for point in points)) <= 0:
+                raise ArtifactError("rate, floor_ms and the milliseconds of points must be above 0")
+            batches = [batch for batch, _ in labels["empty_ms"]]
+            if batches != sorted(set(batches)):
+                raise ArtifactError(f"empty_ms names the batches {batches}; each once, in ascending order")
             model = read_fingerprint(payload)
             if model is None or not points or not labels["empty_ms"]:
                 raise ArtifactError("a step time belongs to a model and to measured points; this file lacks them")
@@ -258,7 +262,8 @@ def _measured(
     k = some.repeat(batch, 1, -(-tokens // 64), 1)[:, :, :tokens].reshape(shape)
     cache = HeadwiseCache(plan).fill(k, k)
     ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    times = [_timed(lambda: model(ids, past_key_values=cache, use_cache=True), device) for _ in range(repeats + WARM)]
+    given = {"use_cache": True, **cache_argument(model, cache)}
+    times = [_timed(lambda: model(ids, **given), device) for _ in range(repeats + WARM)]
     return Point(batch, tokens, cache.nbytes, statistics.median(times[WARM:]))
 
 

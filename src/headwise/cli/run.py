@@ -46,6 +46,8 @@ def generate(
     """
     import torch
 
+    from headwise.arguments import cache_of
+
     if prompt == "-":
         prompt = typer.get_text_stream("stdin").read()
     loaded, tokenizer = common.load(model, dtype, device)
@@ -67,7 +69,7 @@ def generate(
         "prompt_tokens": inputs["input_ids"].shape[1],
         "new_tokens": len(new),
         "seconds": round(seconds, 3),
-        "cache_bytes": cache_bytes(out.past_key_values),
+        "cache_bytes": cache_bytes(cache_of(out)),
     }
     common.say(data, json, text)
     if not json:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import headwise
+from headwise.arguments import cache_argument, cache_of
 from headwise.attach import HeadCall
 from headwise.plan import HeadPlan
 
@@ -32,7 +33,7 @@ class Prefill:
             found[call.layer] = call.q[:, :, -window:].clone()
 
         with headwise.attach(model, observers=[observe]):
-            past = model(ids[None].to(model.device), use_cache=True, logits_to_keep=1).past_key_values
+            past = cache_of(model(ids[None].to(model.device), use_cache=True, logits_to_keep=1))
         return cls(past, [found[layer] for layer in sorted(found)], len(ids))
 
     @property
@@ -60,7 +61,8 @@ class Prefill:
         with nullcontext() if plan is None else headwise.attach(model, plan=plan):
             for part in (rows[:, :1], rows[:, 1:]):  # the token that comes alone ends the prompt
                 if part.shape[1]:
-                    logits.append(model(part, past_key_values=past, use_cache=True).logits[0].float())
+                    given = cache_argument(model, past)
+                    logits.append(model(part, use_cache=True, **given).logits[0].float())
         if plan is None:
             past.crop(-len(after))
         return torch.cat(logits).log_softmax(-1), size

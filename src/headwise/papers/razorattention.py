@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import headwise
+from headwise.arguments import cache_argument, cache_of
 from headwise.errors import HeadwiseError
 from headwise.hub import load_model
 from headwise.papers._run import Measured, device_of, reproduces
@@ -133,7 +134,7 @@ def divergence(model: Any, pieces: list[Tensor], plans: dict[str, HeadPlan]) -> 
     found: dict[str, list[float]] = {name: [] for name in plans}
     for ids in pieces:
         rows = ids[None].to(model.device)
-        past = model(rows[:, :-READ], use_cache=True, logits_to_keep=1).past_key_values
+        past = cache_of(model(rows[:, :-READ], use_cache=True, logits_to_keep=1))
         others = {name: _log_probs(model, rows, _compressed(past, plan), plan) for name, plan in plans.items()}
         dense = _log_probs(model, rows, past, None)
         for name, other in others.items():
@@ -159,7 +160,7 @@ def _compressed(past: Any, plan: HeadPlan) -> headwise.HeadwiseCache:
 def _log_probs(model: Any, rows: Tensor, past: Any, plan: HeadPlan | None) -> Tensor:
     """(READ, V) of the last tokens, read behind a prompt."""
     with nullcontext() if plan is None else headwise.attach(model, plan=plan):
-        return model(rows[:, -READ:], past_key_values=past).logits[0].float().log_softmax(-1)
+        return model(rows[:, -READ:], **cache_argument(model, past)).logits[0].float().log_softmax(-1)
 
 
 def agreement(sets: list[HeadSet]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headwise.arguments import cache_of
 from headwise.papers._run import Measured, mean_of, reproduces
 from headwise.papers._small_lm import Size, batches, held_out_loss, small_lm, train
 from headwise.papers.catalogue import Paper
@@ -177,7 +178,7 @@ def savings(union: Any, size: Size, device: str) -> tuple[float, float]:
     kv, products = [], []
     for ids in batches(replace(size, batch=1), 4, 555, "eval"):
         with union.recording() as record:
-            cache = union.model(ids.to(device), use_cache=True).past_key_values
+            cache = cache_of(union.model(ids.to(device), use_cache=True))
         kv.append(union.kv_ratio(cache))
         for n in union.attention:
             routing = record[-1 - n][0]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from headwise.arguments import bound
 from headwise.attach import Attachment, HeadCall, attach
-from headwise.attach.experts import bound, locate_tokens
+from headwise.attach.experts import locate_tokens
 from headwise.checks import finite
 from headwise.errors import AttachError, RouteError
 from headwise.route._collect import Collector, join_loss

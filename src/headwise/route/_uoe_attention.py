@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from headwise.arguments import CACHE, bound
 from headwise.attention import attention
 from headwise.errors import CacheError, RouteError
 from headwise.route._moe import MoEState, _detached
@@ -85,7 +86,6 @@ class SelectiveAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Called as the dense module is; the mask is not read: causality and padding are known from the tokens."""
@@ -99,7 +99,7 @@ class SelectiveAttention(nn.Module):
         gates, on = routing.gates(), routing.mask().bool()
         if self.whole_lists and not (self.training and torch.is_grad_enabled()):
             raise RouteError("whole_lists is for training steps: it keeps nothing for later tokens; set it to False")
-        cache = None if self.whole_lists else self._layer(past_key_values)
+        cache = None if self.whole_lists else self._layer(bound(self, (), kwargs).get(CACHE))
         if cache is None or cache.seen == 0:
             out = self._fresh(x, gates, on, position_embeddings, cache)
         else:

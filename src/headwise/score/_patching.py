@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from headwise.arguments import cache_argument
 from headwise.attach import find_stack
 from headwise.attach.observe import observe
 from headwise.errors import AttachError, ScoreError
@@ -117,7 +118,7 @@ def answer(
     start, mask = asked.start, None if asked.mask is None else asked.mask.repeat(copies, 1)
     extra: dict[str, Any] = {} if mask is None else {"position_ids": positions(mask)[:, start:]}
     if prefix is not None:
-        extra["past_key_values"] = prefix.cache
+        extra |= cache_argument(model, prefix.cache)
     out = model(
         input_ids=ids[:, start:].repeat(copies, 1),
         attention_mask=mask,
@@ -167,9 +168,9 @@ def read_prefix(model: PreTrainedModel, pairs: PromptPairs, columns: int) -> Pre
     model(
         input_ids=pairs.ids[:, :columns],
         attention_mask=mask,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **cache_argument(model, cache),
         **extra,
     )
     return Prefix(columns, cache)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from headwise.arguments import with_cache
 from headwise.attach import HeadCall, fingerprint
 from headwise.attach.expert_stack import ExpertLayer, find_experts
 from headwise.errors import AttachError, ScoreError
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 COMPONENTS = ("q", "k", "v")
 LETTERS = {"head": "qkv", "kv": "kv", "expert": "xw"}
-NO_CACHE = {"past_key_values": None}  # the projections of a layer are looked at; the cache is not to grow by them
 
 
 def receive_heads(paths: Paths, wave: Wave, groups: Mapping[int, Sequence[int]], through: str, copies: int) -> Tensor:
@@ -53,7 +53,8 @@ def project(paths: Paths, read: tuple[tuple, dict], change: Receive, copies: int
             return
         hidden = hidden_of(args, kwargs)
         sent = hidden.scatter(1, columns[..., None].expand(-1, -1, hidden.shape[-1]), arrived.to(hidden.dtype))
-        args, kwargs = with_hidden(args, kwargs | NO_CACHE, sent)
+        # the projections are looked at; the cache is not to grow by them
+        args, kwargs = with_cache(module, *with_hidden(args, kwargs, sent), None)
         change.capturing = True
         try:
             module(*args, **kwargs)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from headwise.arguments import cache_argument, cache_of
 from headwise.attach import find_stack, fingerprint
 from headwise.attach.projection import head_weights, output_projection
 from headwise.checks import Meta, whole
@@ -124,14 +125,15 @@ def causal_effects(
     eye[0] = 0
     for item, mine in track(list(zip(items, own, strict=True)), "causal effects", progress):
         ids = item.ids.to(device)[None]
-        cache = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1))
         gains = []
         for begin in range(0, L * H + 1, rows):
             alpha = eye[begin : begin + rows].view(-1, L, H)
             branch = copy.deepcopy(cache)
             branch.batch_repeat_interleave(len(alpha))
             with inject(model, Injection(alpha, mine[None].to(device), torch.zeros(len(alpha), dtype=torch.long))):
-                out = model(input_ids=ids[:, -1:].expand(len(alpha), -1), past_key_values=branch, use_cache=True)
+                last = ids[:, -1:].expand(len(alpha), -1)
+                out = model(input_ids=last, use_cache=True, **cache_argument(model, branch))
             gains.append(out.logits[:, -1].float().softmax(-1)[:, int(item.answer[0])].cpu())
         p = torch.cat(gains)
         total += p[1:] - p[0]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headwise.arguments import cache_argument
 from headwise.errors import TaskError
 from headwise.progress import track
 from headwise.tasks.batches import padded
@@ -143,7 +144,7 @@ def continuations(
     found: dict[int, list[int]] = {}
     for members in track(parts, "summaries", progress):
         ids, mask = (x.to(model.device) for x in padded([prompts[i] for i in members]))
-        options: dict[str, Any] = {} if cache is None else {"past_key_values": cache()}
+        options: dict[str, Any] = {} if cache is None else cache_argument(model, cache())
         with torch.no_grad():
             out = model.generate(
                 ids,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch.nn import functional as F
 
+from headwise.arguments import cache_argument, cache_of
 from headwise.errors import TaskError
 from headwise.modes import evaluating
 from headwise.progress import track
@@ -148,7 +149,7 @@ def generate_match(
     pad = getattr(model.generation_config, "pad_token_id", None)
 
     def predict(batch: Batch) -> torch.Tensor:
-        kwargs: dict[str, Any] = {} if cache is None else {"past_key_values": cache()}
+        kwargs: dict[str, Any] = {} if cache is None else cache_argument(model, cache())
         out = model.generate(
             batch.ids,
             attention_mask=batch.mask,
@@ -288,7 +289,7 @@ def _feed(
         out = _call(
             model, ids[:, start:stop], mask[:, :stop], start, keep=0 if start else keep, past=past, use_cache=True
         )
-        past = out.past_key_values
+        past = cache_of(out)
         if past is None:
             raise TaskError(f"{type(model).__name__} returns no cache, so nothing can be measured through it")
         yield out.logits
@@ -328,7 +329,7 @@ def _call(
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
     kwargs: dict[str, Any] = {"position_ids": positions, "logits_to_keep": keep, "use_cache": use_cache}
     if past is not None:
-        kwargs["past_key_values"] = past
+        kwargs |= cache_argument(model, past)
     takes = inspect.signature(model.forward).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         kwargs = {name: value for name, value in kwargs.items() if name in takes}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from headwise.arguments import cache_argument, cache_of
 from headwise.attach import attach, find_stack, fingerprint
 from headwise.attach.images import decoder_stack
 from headwise.attach.maps import each_map
@@ -169,8 +170,8 @@ class Live:
         ids, past = sample.inputs["input_ids"], None
         half = max(1, ids.shape[1] // 2)
         for piece in (ids[:, :half], *ids[:, half:].split(STEP, 1)):
-            out = self.model(piece, past_key_values=past, use_cache=True)
-            past, logits = out.past_key_values, out.logits[0]
+            out = self.model(piece, use_cache=True, **cache_argument(self.model, past))
+            past, logits = cache_of(out), out.logits[0]
             parts.append(logits if parts else logits[-1:])
         return torch.cat(parts)
 

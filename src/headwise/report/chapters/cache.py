@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import headwise
+from headwise.arguments import cache_argument, cache_of
 from headwise.budget.duo import duo
 from headwise.cache import HeadwiseCache
 from headwise.plan import HeadPlan, SinkWindow
@@ -172,7 +173,7 @@ def _decode_rate(model: PreTrainedModel, cache: HeadwiseCache, steps: int = 8) -
     for _ in range(steps):
         start = time.perf_counter()
         with torch.no_grad():
-            model(token, past_key_values=cache)
+            model(token, **cache_argument(model, cache))
         seconds.append(time.perf_counter() - start)
     return 1 / sorted(seconds)[steps // 2]
 
@@ -256,7 +257,7 @@ def _write(story: Story, prompt: Prompt, used: HeadPlan | None) -> dict[str, Any
     new = out.sequences[0, ids.shape[1] :]
     text = story.tokenizer.decode(new, skip_special_tokens=True)
     rate = (len(new) - 1) / seconds if seconds > 0 else float("nan")
-    return {"text": text, "cache_bytes": out.past_key_values.nbytes, "tokens_per_s": rate}
+    return {"text": text, "cache_bytes": cache_of(out).nbytes, "tokens_per_s": rate}
 
 
 def _shape(story: Story) -> tuple[int, int]:
