@@ -5,7 +5,7 @@ import torch
 
 from headwise.errors import ScoreError
 from headwise.hub import load_model
-from headwise.papers.circuit_reuse import CHECKS, PAPER, chance_overlap, repair_heads
+from headwise.papers.circuit_reuse import CHECKS, PAPER, PREFIX, chance_overlap, repair_heads
 from headwise.papers.reproduction import Reproduction
 from headwise.score import find_circuit
 from headwise.score.circuit import common
@@ -27,8 +27,11 @@ GOOD = {
 }
 
 
+BOTH = GOOD | {PREFIX + name: value for name, value in GOOD.items()}
+
+
 def reproduction(**changed):
-    return Reproduction("circuit-reuse", PAPER.claim, "cpu", GOOD | changed, {}, CHECKS, 1.0)
+    return Reproduction("circuit-reuse", PAPER.claim, "cpu", BOTH | changed, {}, CHECKS, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,9 @@ def reproduction(**changed):
         {"shared_of_union": 0.05},
         {"colors_drop_without_ioi_circuit": 0.0},
         {"ioi_accuracy": float("nan")},
+        {"trained_ioi_accuracy": 0.7},
+        {"trained_shared_of_union_worst_seed": 0.0},
+        {"trained_repair_gain": 0.0},
     ],
 )
 def test_the_claim_can_fail(changed):

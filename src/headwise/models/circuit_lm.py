@@ -1,6 +1,6 @@
 """A GPT-2 of twelve layers of twelve heads that answers three tasks: the subject of circuit reuse and of multiple-choice letters.
 
-`headwise train circuit-lm` trains it; no trained one comes with the package. Letters: B prompts.
+`headwise train circuit-lm` trains it; `load_model("circuit-lm")` is one that comes trained with the package. Letters: B prompts.
 """
 
 from __future__ import annotations

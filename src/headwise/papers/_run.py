@@ -51,6 +51,31 @@ def reproduces(
     return decorator
 
 
+def asked_of(checks: Sequence[Check], model: str, prefix: str) -> tuple[Check, ...]:
+    """The same checks of a second model, whose numbers are named with a prefix.
+
+    >>> str(asked_of([Check("few", "used", "<", "all")], "tiny", "tiny_")[0])
+    'tiny, few: tiny_used < tiny_all'
+    """
+
+    def named(side: str | float) -> str | float:
+        return f"{prefix}{side}" if isinstance(side, str) else side
+
+    return tuple(Check(f"{model}, {c.name}", named(c.left), c.op, named(c.right)) for c in checks)
+
+
+def with_second(first: tuple[Table, Table], second: tuple[Table, Table], prefix: str) -> tuple[Table, Table]:
+    """Metrics and baselines of two models in one pair; the second's names get the prefix.
+
+    >>> with_second(({"a": 1.0}, {}), ({"a": 2.0}, {}), "x_")
+    ({'a': 1.0, 'x_a': 2.0}, {})
+    """
+    metrics, baselines = (
+        one | {prefix + name: value for name, value in other.items()} for one, other in zip(first, second, strict=True)
+    )
+    return metrics, baselines
+
+
 def mean_of(rows: Sequence[Mapping[str, float]]) -> Table:
     """Mean of each number over runs; a number that a run lacks is an error.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headwise.errors import HeadwiseError
 from headwise.hub import load_model
-from headwise.papers._run import Measured, device_of, reproduces
+from headwise.papers._run import Measured, asked_of, device_of, reproduces, with_second
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
 from headwise.score import LetterSpace, Quiz, Resample, label_pattern, letter_effects, letter_space
@@ -51,15 +51,7 @@ SMOLLM2_CHECKS = (
     Check("less well than with letters", "moved_random", "<", "moved_letters"),
 )
 PREFIX = "trained_"
-CHECKS = SMOLLM2_CHECKS + tuple(
-    Check(
-        f"circuit-lm, {c.name}",
-        f"{PREFIX}{c.left}",
-        c.op,
-        f"{PREFIX}{c.right}" if isinstance(c.right, str) else c.right,
-    )
-    for c in SMOLLM2_CHECKS
-)
+CHECKS = SMOLLM2_CHECKS + asked_of(SMOLLM2_CHECKS, "circuit-lm", PREFIX)
 PUBLISHED = {"published_rank": 3.0, "published_output_heads_share": 32 / 5120}
 """Chinchilla 70B: 3 of 128 dimensions; 32 of 80 · 64 heads (and 13 MLPs) are output nodes, as a review states it."""
 
@@ -70,10 +62,7 @@ def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> M
     device = device_of(scale)
     found = measure(device=device, seed=seed, **SIZES[scale])
     second = measure(model_name="circuit-lm", form="question", device=device, seed=seed, **TRAINED[scale])
-    metrics, baselines = (
-        one | {PREFIX + name: value for name, value in other.items()} for one, other in zip(found, second, strict=True)
-    )
-    return metrics, baselines
+    return with_second(found, second, PREFIX)
 
 
 def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:

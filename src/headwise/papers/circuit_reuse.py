@@ -1,4 +1,8 @@
-"""Paper 29, circuit reuse (Merullo et al. 2023, arXiv 2310.08744): two tasks run on much the same heads."""
+"""Paper 29, circuit reuse (Merullo et al. 2023, arXiv 2310.08744): two tasks run on much the same heads.
+
+circuit-lm (names with `trained_`) was trained on both tasks; smollm2 was not, and answers the second one above chance. The same checks
+are asked of both, at the same sizes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from headwise.attach.ablate import ablate
 from headwise.attach.set_pattern import SetPattern
 from headwise.errors import HeadwiseError
 from headwise.hub import load_model
-from headwise.papers._run import Measured, device_of, reproduces
+from headwise.papers._run import Measured, asked_of, device_of, reproduces, with_second
 from headwise.papers.catalogue import Paper
 from headwise.papers.reproduction import Check, Reproduction
 from headwise.score import find_circuit
@@ -33,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"seeds": 3, "pairs": 6, "tests": 24, "draws": 2},
     "gpu": {"seeds": 5, "pairs": 50, "tests": 200, "draws": 10},
 }
-CHECKS = (
+SMOLLM2_CHECKS = (
     Check("indirect objects are solved", "ioi_accuracy", ">=", 0.8),
     Check("coloured objects are answered above chance", "colors_accuracy_of_three", ">", 0.334),
     Check("shared heads", "shared_of_union", ">=", "shared_of_union_random_x3"),
@@ -43,22 +47,27 @@ CHECKS = (
     Check("repair", "repair_gain", ">=", 0.1),
     Check("not by any heads", "repair_gain", ">", "repair_gain_random_most"),
 )
+PREFIX = "trained_"
+CHECKS = SMOLLM2_CHECKS + asked_of(SMOLLM2_CHECKS, "circuit-lm", PREFIX)
 PUBLISHED = {"published_shared_of_circuit": 0.78, "published_accuracy_before": 0.496, "published_accuracy_after": 0.937}
 """GPT-2 medium (abstract); the share is of in-circuit heads."""
 
 
 @reproduces(PAPER, CHECKS, PUBLISHED)
 def reproduce(scale: str = "cpu", *, seed: int = 0, progress: bool = False) -> Measured:
-    """Measure the claim on smollm2. "cpu": 6 pairs a circuit, 24 questions, 3 seeds, about two minutes."""
-    return measure(device=device_of(scale), seed=seed, **SIZES[scale])
+    """Measure the claim on smollm2 and circuit-lm. "cpu": 6 pairs a circuit, 24 questions, 3 seeds on each."""
+    device = device_of(scale)
+    found = measure(device=device, seed=seed, **SIZES[scale])
+    second = measure(model_name="circuit-lm", device=device, seed=seed, **SIZES[scale])
+    return with_second(found, second, PREFIX)
 
 
 def sections(result: Reproduction, *, seed: int = 0, progress: bool = False) -> list[Any]:
-    """The chapters of `reproduce --page`: both circuits, the repair, and what patching says of the first task."""
-    from headwise.report.chapters.circuits import reuse
+    """The chapters of `reproduce --page`: both circuits of circuit-lm, the repair on both models, and how the first is patched."""
+    from headwise.report.chapters.circuits import repair, reuse
 
-    model, tokenizer = load_model("smollm2")
-    return reuse(result, model, tokenizer, name="smollm2", seed=seed)
+    model, tokenizer = load_model("circuit-lm")
+    return [*reuse(result, model, tokenizer, name="circuit-lm", prefix=PREFIX, seed=seed), repair(result, "smollm2")]
 
 
 def measure(

@@ -11,6 +11,7 @@ import torch
 
 from headwise.errors import RouteError
 from headwise.hub import load_model
+from headwise.hub.shipped import shipped_folder, shipped_names
 from headwise.models.circuit_lm import accuracies, circuit_lm, probes
 from headwise.registry import register
 from headwise.route._recipes import Arm, Data, Job, Student, Trained, follow, settings_of, size_of
@@ -48,13 +49,17 @@ SIZES = {
 
 @dataclass
 class Asked(Student):
-    """A model that is asked the three tasks every `every` steps; `log` has its share of right answers by step, also in the file `place`."""
+    """A model that is asked the three tasks every `every` steps; `log` has its share of right answers by step, also in the file `place`.
+
+    `before` is the log of the model that the run went on from.
+    """
 
     prompts: dict[str, PromptPairs] = field(default_factory=dict)
     every: int = 1
     place: Path | None = None
     log: dict[str, dict[str, float]] = field(default_factory=dict)
     step: int = 0
+    before: dict[str, Any] | None = None
 
     def after_step(self) -> None:
         """Ask, if it is time."""
@@ -82,10 +87,11 @@ def train_circuit_lm(
     """Train a GPT-2 on packaged text, indirect objects, coloured objects and multiple choice.
 
     Openings, questions, names, objects and words of the prompts that are asked afterwards are not those it is trained on, see
-    `headwise.tasks.circuit_mix`. The folder `lm` holds the model in bfloat16 with its tokenizer and `log.json`: answers by step.
+    `headwise.tasks.circuit_mix`. The folder `lm` holds the model in bfloat16 with its tokenizer and `log.json`: answers by step, and
+    under `before` the log of the run that it went on from.
 
     size: cpu (4 layers of width 96, 1.2 M tokens, for looking) or gpu (12 layers of 12 heads, width 192, 157 M tokens).
-    mix: what it reads: plain, which the bundled model was trained on, or dense: more answers a document, and openings of any words.
+    mix: what it reads: plain, or dense: more answers a document, and openings of any words. The bundled model read plain, then dense.
     steps: optimizer steps, instead of the size's.
     start: a model of this size to go on from, by name or folder, with its tokenizer; by default random weights.
     folder: where checkpoints go.
@@ -110,12 +116,13 @@ def train_circuit_lm(
     asked = probes(tokenizer, count=chosen.probes, seed=seed + 1)
     rows = circuit_rows(tokenizer, chosen.rows, chosen.length, mix=mix, seed=seed)
     held_out = text_rows(tokenizer, HELD_OUT, chosen.length, seed=999, split="eval")
+    before = None if start is None else _log_of(start)
 
     def build(done: object) -> Student:
         shape = {"width": chosen.width, "layers": chosen.layers, "heads": chosen.heads, "length": chosen.length}
         model = first or circuit_lm(**shape, vocabulary=chosen.vocabulary, seed=seed)
         place = None if folder is None else Path(folder) / LOG
-        student = Asked(model, prompts=asked, every=max(1, chosen.steps // 10), place=place)
+        student = Asked(model, prompts=asked, every=max(1, chosen.steps // 10), place=place, before=before)
         if place is not None and resume and place.exists():
             student.log = dict(read_plain_json(place)["log"])
             student.step = _step_of(whole_checkpoint(place.parent / "lm"))
@@ -139,13 +146,19 @@ def _started(start: str, chosen: CircuitSize) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _log_of(start: str) -> dict[str, Any] | None:
+    """What the run that made a model wrote beside it; None where there is nothing."""
+    place = Path(shipped_folder(start) if start in shipped_names() else start) / LOG
+    return dict(read_plain_json(place)) if place.is_file() else None
+
+
 def _step_of(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
 
 
 def _save(trained: Trained, student: Asked, where: StrPath) -> None:
-    """The model in bfloat16, its tokenizer, and what it answered on the way."""
+    """The model in bfloat16, its tokenizer, and what it answered on the way, in this run and in those before it."""
     copy.deepcopy(student.model).to(torch.bfloat16).save_pretrained(where)
     trained.tokenizer.save_pretrained(where)
     log: dict[str, Any] = {"name": trained.name, "accuracies": student.log, **trained.summary()}
-    write_plain_json(Path(where) / LOG, log)
+    write_plain_json(Path(where) / LOG, log if student.before is None else {**log, "before": student.before})

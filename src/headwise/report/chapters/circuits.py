@@ -53,10 +53,11 @@ def reuse(
         figures=[signed_map(c.stages[0].scores, label="share", kept=c.stages[0].kept) for c in (story.circuit, colors)],
         table=Table(["head", "indirect objects", "coloured objects"], rows),
     )
-    return [shared, _repair(result, name, prefix), *circuit_sections(story)]
+    return [shared, repair(result, name, prefix), *circuit_sections(story)]
 
 
-def _repair(result: Reproduction, name: str, prefix: str) -> Section:
+def repair(result: Reproduction, name: str, prefix: str = "") -> Section:
+    """Paper 29: colour questions that are right as the model is, repaired, and with random heads."""
     numbers = {key.removeprefix(prefix): value for key, value in result.numbers.items() if key.startswith(prefix)}
     before = numbers["colors_accuracy_of_three"]
     values = [before, numbers["repaired_accuracy_of_three"], before + numbers["repair_gain_random_most"]]
