@@ -31,7 +31,8 @@ demo: $(READY)  ## scores, plan, generation, ablation and MoH conversion on a re
 	@echo "The report: $(abspath $(OUT))/report.html"
 
 test: $(READY)  ## lint, types, import direction, papers table, doctests and the test suite
-	@failed=0; for step in lint types house unit; do $(MAKE) --no-print-directory $$step || failed=1; done; exit $$failed
+	@failed=0; $(MAKE) --no-print-directory -k -j 2 lint types house || failed=1; \
+	$(MAKE) --no-print-directory unit || failed=1; exit $$failed
 
 quick: $(READY)  ## the tests that take seconds
 	@$(PYTEST) -q -n 2 --dist loadscope -m "not slow and not smollm2 and not distributed"
@@ -61,7 +62,7 @@ papers: $(READY)  ## write the table of the 33 systems into README.md and docs/p
 performance: $(READY)  ## every benchmark that this machine can run (half an hour on a quiet CPU), and docs/performance.md from the kept results
 	@$(OFFLINE) $(BIN)/python benchmarks/run_all.py
 
-performance-page: $(READY)  ## docs/performance.md anew from the kept results
+performance-page: $(READY)  ## docs/performance.md and the README's gains anew from the kept results
 	@$(BIN)/python tools/performance_page.py --write
 
 docs: $(READY)  ## the documentation as a site, in site/index.html; needs no network when it is read

@@ -2,7 +2,8 @@
 
 The function must be importable (top level of a test module); it is called as `function(rank, world_size, *args)` in a
 process of its own, with the default group set up through a file, so no port is needed. Whatever a rank raises is raised
-here, with the rank and its traceback.
+here, with the rank and its traceback. Ranks are forked from one server that has imported torch and transformers, which is
+most of what a fresh interpreter would take; the server never computes, so no thread of it is lost in a fork.
 """
 
 import tempfile
@@ -17,6 +18,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOADED = [
+    "torch.distributed.tensor",
+    "transformers.models.llama.modeling_llama",
+    "headwise.attach",
+    "headwise.route",
+]
+
 
 class RankError(AssertionError):
     """A rank raised, died, or did not come back in time."""
@@ -25,7 +33,7 @@ class RankError(AssertionError):
 def run_distributed(function: Callable[..., None], world_size: int = 2, *args: Any, seconds: float = 60) -> None:
     """Call `function(rank, world_size, *args)` on every rank; at most `seconds`, then every rank is ended."""
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context = _context()
         ranks = [
             context.Process(target=_rank, args=(function, rank, world_size, folder, seconds, args), daemon=True)
             for rank in range(world_size)
@@ -38,6 +46,14 @@ def run_distributed(function: Callable[..., None], world_size: int = 2, *args: A
             for process in ranks:
                 process.kill()
                 process.join()
+
+
+def _context() -> Any:
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _rank(

@@ -7,6 +7,7 @@ import pytest
 
 from docs_helper import CONSOLE, FENCE, PLAIN, PYTHON, ROOT, check_command, commands, exists, named, pages, read_page
 from docs_helper import run_block as run
+from recipes_helper import shrink
 
 SMALL = [name for name in pages() if read_page(name).runs and not read_page(name).needs_smollm2]
 LARGE = [name for name in pages() if read_page(name).runs and read_page(name).needs_smollm2]
@@ -18,7 +19,13 @@ def in_a_new_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.endswith("recipes.md")) for n in SMALL])
+@pytest.fixture(autouse=True)
+def small_recipes(monkeypatch):
+    """Pages show recipes at the size of a CPU; here they train at that of the tests."""
+    shrink(monkeypatch)
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_a_page_runs(name, capsys):
     page = read_page(name)
     space: dict = {"__name__": "page"}

@@ -1,6 +1,7 @@
 """docs/performance.md is the kept results, and nothing else: stale pages, claims without a number, and false verdicts are seen."""
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -33,11 +34,14 @@ def house(tmp_path, tool):
         data = {"rows": rows, "environment": environment, "commit": "abc1234"}
         (folder / "x.json").write_text(json.dumps(data))
     (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"before\n{tool.BEGIN}\nold\n{tool.END}\nafter\n")
     text = """
 [[claim]]
-area = "A"
+area = "A, with more"
 issue = 4
 what = "speed"
+gain = "go faster by"
+rank = 2
 bar = ">= 2.0"
 unit = "×"
 file = "*/x.json"
@@ -54,6 +58,8 @@ note = "said why"
 area = "B"
 issue = 5
 what = "quotient"
+gain = "a quotient"
+rank = 1
 file = "h200/x.json"
 at = ["rows", { N = 8 }, "ms"]
 over = ["rows", { N = 16 }, "ms"]
@@ -82,6 +88,49 @@ def test_every_card_has_a_row_and_misses_are_said(tool, house):
     assert "| quotient | – | 2 | no bar |" in text
     assert "| later | ≥ 3.0 | – | **not measured** |" in text
     assert "**1 met, 2 missed, 1 not measured, 1 without a bar.**" in text
+
+
+def test_the_readme_shows_the_claims_with_a_gain_in_their_order_with_machine_and_verdict(tool, house):
+    tool.main(["--write"], house)
+    assert (
+        (house / "README.md").read_text()
+        == f"""before
+{tool.BEGIN}
+| what you do | measured | bar | | machine |
+|---|---|---|---|---|
+| [a quotient](docs/performance.md#b) | **2** | – | no bar | H200 |
+| [go faster by](docs/performance.md#a-with-more) | **1.5** × | ≥ 2.0 | **missed** | H100 |
+| [go faster by](docs/performance.md#a-with-more) | **2.5** × | ≥ 2.0 | met | H200 |
+{tool.END}
+after
+"""
+    )
+
+
+def test_a_changed_readme_is_stale_and_one_without_a_place_or_with_too_many_gains_is_an_error(tool, house, capsys):
+    tool.main(["--write"], house)
+    readme, claims = house / "README.md", house / "benchmarks" / "claims.toml"
+    right = readme.read_text()
+    readme.write_text(right.replace("**2.5**", "**9**"))
+    assert tool.main(["--check"], house) == 1
+    assert "README.md is out of date" in capsys.readouterr().out
+    readme.write_text(right.replace(tool.END, ""))
+    assert tool.main(["--write"], house) == 1
+    assert "README.md lacks the lines" in capsys.readouterr().out
+    readme.write_text(right)
+    row = claims.read_text().split("[[claim]]")[1]
+    claims.write_text(claims.read_text() + f"[[claim]]{row}" * 5)
+    assert tool.main(["--write"], house) == 1
+    assert "13 gains; 12 are enough" in capsys.readouterr().out
+
+
+def test_every_gain_of_the_readme_links_to_a_heading_of_the_page():
+    rows = re.findall(r"\(docs/performance\.md#([\w-]+)\)", (HOME / "README.md").read_text(encoding="utf-8"))
+    page = (HOME / "docs" / "performance.md").read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w -]", "", line[3:].lower()).replace(" ", "-") for line in page.splitlines() if line[:3] == "## "
+    }
+    assert rows and set(rows) <= headings
 
 
 def test_the_worst_of_all_entries_counts(tool):

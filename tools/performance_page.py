@@ -1,7 +1,7 @@
 """docs/performance.md, made from the kept results of the benchmarks: every figure with its bar, machine, date, commit and file.
 
-    python tools/performance_page.py --write     write the page
-    python tools/performance_page.py --check     exit 1 if the page differs, or if a claim points at nothing
+    python tools/performance_page.py --write     write the page, and the README's table of gains
+    python tools/performance_page.py --check     exit 1 if one of them differs, or if a claim points at nothing
 
 `benchmarks/claims.toml` says what is claimed and where in `benchmarks/results` the number stands. Nobody types a number or a verdict.
 """
@@ -17,6 +17,9 @@ from typing import Any
 
 HOME = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
+BEGIN = "<!-- gains: made by tools/performance_page.py from the claims that have a `gain`, do not edit -->"
+END = "<!-- /gains -->"
+MOST_GAINS = 12
 MARKS = {True: "met", False: "**missed**", None: "no bar"}
 Step = str | int | dict[str, Any]
 Value = float | list[float]
@@ -32,7 +35,8 @@ class Claim:
 
     `at` leads to the number: names of keys, indices of lists, tables that choose the one entry of a list with these values, and "*"
     for what follows in every entry that has it. `over` leads to a number that it is divided by. Of several numbers the worst counts.
-    `open` says why nothing is measured.
+    `open` says why nothing is measured. `gain` says the row again for somebody who has not read the page: it then stands in the README,
+    at the place `rank`.
     """
 
     area: str
@@ -45,6 +49,8 @@ class Claim:
     over: Sequence[Step] = ()
     note: str = ""
     open: str = ""
+    gain: str = ""
+    rank: int = 0
 
     def holds(self, value: Value) -> bool | None:
         """Whether the number meets the bar; None without one."""
@@ -217,6 +223,37 @@ def _environments(kept: dict[str, Result], used: set[str]) -> Iterator[str]:
         yield f"| `{name}` | {'yes' if name in used else 'no'} | {said or result.data.get('model', '–')} |"
 
 
+def gains(rows: list[Claim], kept: dict[str, Result]) -> str:
+    """The README's table: the claims with a `gain`, in the order of their ranks, each with its bar, its verdict and its machine."""
+    lines = ["| what you do | measured | bar | | machine |", "|---|---|---|---|---|"]
+    for claim in sorted((row for row in rows if row.gain), key=lambda row: row.rank):
+        where = f"docs/performance.md#{_anchor(claim.area)}"
+        for result, value in measured(claim, kept):
+            bar = _bar(claim).removesuffix(claim.unit).strip() or "–"
+            shown = f"**{_shown(value)}** {claim.unit}".strip()
+            lines.append(
+                f"| [{claim.gain}]({where}) | {shown} | {bar} | {MARKS[claim.holds(value)]} | {result.machine} |"
+            )
+    if len(lines) - 2 > MOST_GAINS:
+        raise ClaimError(
+            f"the README would have {len(lines) - 2} gains; {MOST_GAINS} are enough for somebody who is new"
+        )
+    return "\n".join(lines)
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def readme(text: str, table: str) -> str:
+    """The README with its table of gains replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ClaimError(f"README.md lacks the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
 def _bar(claim: Claim) -> str:
     text = claim.bar.replace(">=", "≥").replace("<=", "≤")
     return f"{text} {claim.unit}".strip() or "–"
@@ -230,22 +267,28 @@ def _shown(value: Value) -> str:
 
 
 def main(arguments: list[str], home: Path = HOME) -> int:
-    """Write or check the page; the exit code is 1 if a check fails."""
+    """Write or check the page and the README's table; the exit code is 1 if a check fails."""
     if arguments not in (["--write"], ["--check"]):
         raise SystemExit(__doc__)
     try:
-        text = page(claims(home), results(home))
+        rows, kept = claims(home), results(home)
+        first = home / "README.md"
+        made = {
+            home / "docs" / "performance.md": page(rows, kept),
+            first: readme(first.read_text(encoding="utf-8"), gains(rows, kept)),
+        }
     except ClaimError as error:
         print(f"docs/performance.md: {error}")
         return 1
-    file = home / "docs" / "performance.md"
     if arguments == ["--write"]:
-        file.write_text(text, encoding="utf-8")
-    if not file.exists() or file.read_text(encoding="utf-8") != text:
-        print("docs/performance.md is out of date; run 'make performance-page'")
-        return 1
-    print(f"performance page: {len(claims(home))} claims are read from the kept results")
-    return 0
+        for file, text in made.items():
+            file.write_text(text, encoding="utf-8")
+    stale = [file for file, text in made.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
+    for file in stale:
+        print(f"{file.relative_to(home)} is out of date; run 'make performance-page'")
+    if not stale:
+        print(f"performance page: {len(rows)} claims are read from the kept results")
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ def test_files(tmp_path, monkeypatch):
         ("points", [[1, 2, 3]]),
         ("head_dim", 0),
         ("empty_ms", [[1]]),
+        ("empty_ms", [[1, 0.5], [1, 0.5]]),
+        ("points", [[1, 64, 1000, 0.0]]),
     ):
         broken = json.loads((tmp_path / "a.json").read_text()) | {name: value}
         (tmp_path / "b.json").write_text(json.dumps(broken))

@@ -158,12 +158,45 @@ def packed(rng, data):
     return gzip.compress(rng.choice([lines, flip])(rng, plain), 1)
 
 
+def footer(rng, data):
+    """Flip bits and change numbers in a Parquet file's description of itself: its last bytes, before their length and the magic word."""
+    size = min(int.from_bytes(data[-8:-4], "little"), len(data) - 8)
+    body = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        place = len(data) - 8 - size + rng.randrange(size)
+        body[place] = rng.choice([body[place] ^ 1 << rng.randrange(8), 0, 1, 0x7F, 0x80, 0xFF])
+    return bytes(body)
+
+
+def columns(rng, data):
+    """The same Parquet rows with a column gone, renamed, twice, of another type, or without values."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(pa.BufferReader(data))
+    odd = [None, 1.5, b"\xff", {"a": 1}, [[]], True]
+    wrong = pa.array([rng.choice(odd)] * len(table))
+    kinds = {
+        "gone": lambda: table.drop_columns(["text"]),
+        "renamed": lambda: table.rename_columns(["Text", "id", "tags"]),
+        "twice": lambda: table.rename_columns(["text", "text", "tags"]),
+        "other type": lambda: table.set_column(0, "text", wrong),
+        "no rows": lambda: table.slice(0, 0),
+        "holes": lambda: table.set_column(0, "text", pa.array(["a", None] * 3)),
+        "not UTF-8": lambda: table.set_column(0, "text", pa.array([b"\xff"] * 6).view(pa.string())),
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(kinds[rng.choice(list(kinds))](), sink)
+    return sink.getvalue().to_pybytes()
+
+
 BY_SUFFIX = {
     ".safetensors": (flip, header, numbers),
     ".json": (flip, json_value),
     ".jsonl": (flip, lines),
     ".tsv": (flip, lines),
     ".gz": (flip, packed),
+    ".parquet": (flip, footer, columns),
 }
 
 

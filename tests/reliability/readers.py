@@ -55,19 +55,28 @@ def tiny(name: str = "llama") -> Any:
 
 @dataclass(frozen=True)
 class Reader:
-    """`save(folder)` writes, `load(folder)` reads; `share` of the usual number of damaged files, where one reading takes long."""
+    """`save(folder)` writes, `load(folder)` reads; `share` of the usual number of damaged files, where one reading takes long.
+
+    `needs` names a module that is an extra: without it the reader cannot be tried, which a test says as it skips.
+    """
 
     save: Callable[[Path], Any]
     load: Callable[[Path], Any]
     files: tuple[str, ...]
     share: float = 1.0
+    needs: str = ""
+
+    @property
+    def missing(self) -> str:
+        """Why the reader cannot be tried here; "" where it can."""
+        here = not self.needs or importlib.util.find_spec(self.needs)
+        return "" if here else f"needs {self.needs}: pip install 'headwise[parquet]'"
 
 
-def one(
-    name: str, save: Callable[[Path], Any], load: Callable[[Path], Any], *others: str, share: float = 1.0
-) -> Reader:
+def one(name: str, save: Callable[[Path], Any], load: Callable[[Path], Any], *others: str, needs: str = "") -> Reader:
     """A reader of one file, which may have others beside it."""
-    return Reader(lambda folder: save(folder / name), lambda folder: load(folder / name), (name, *others), share)
+    files = (name, *others)
+    return Reader(lambda folder: save(folder / name), lambda folder: load(folder / name), files, needs=needs)
 
 
 def scores() -> HeadScores:
@@ -216,13 +225,17 @@ def corpus(path: Path) -> None:
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
-def parquet(path: Path) -> None:
+def parquet(path: Path, **how: Any) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": [f"document {n}" for n in range(6)], "id": list(range(6))}), path
-    )
+    columns = {"text": [f"document {n}" for n in range(6)], "id": list(range(6)), "tags": [["a"], [], ["b", "c"]] * 2}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **how)
+
+
+def packed_parquet(path: Path) -> None:
+    """Compressed pages without a dictionary, in two row groups."""
+    parquet(path, compression="zstd", use_dictionary=False, row_group_size=3, data_page_version="2.0")
 
 
 def documents(path: Path) -> list[Any]:
@@ -358,6 +371,6 @@ READERS: dict[str, Reader] = {
         ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"),
         0.2,
     ),
+    "Parquet documents": one("a.parquet", parquet, documents, needs="pyarrow"),
+    "packed Parquet documents": one("a.parquet", packed_parquet, documents, needs="pyarrow"),
 }
-if importlib.util.find_spec("pyarrow"):
-    READERS["Parquet documents"] = one("a.parquet", parquet, documents)

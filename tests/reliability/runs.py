@@ -1,20 +1,18 @@
-"""Runs that are killed, interrupted or repeated, in processes forked from this one, so that nothing is imported again."""
+"""Runs that are killed, interrupted or repeated, in processes of their own."""
 
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from forked_helper import forked
 from headwise.cli import main
 from headwise.models import loop
 from headwise.route import _recipes_text as texts
@@ -23,29 +21,6 @@ from headwise.route._train import SEAL
 from headwise.storage import digest
 
 SMALL = texts.TextSize(width=32, layers=2, heads=4, hidden=64, steps=60, batch=2, length=16)
-
-
-def forked(work: Callable[[], Any], log: Path | None = None) -> Any:
-    """`work` in a process of its own; its output goes to `log`."""
-
-    def quiet() -> None:
-        torch.set_num_threads(1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        out = open(log or os.devnull, "w")  # noqa: SIM115
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-        sys.stdout = sys.stderr = out
-        try:
-            work()
-        except SystemExit as end:
-            out.flush()
-            os._exit(int(end.code or 0))
-        out.flush()
-        os._exit(0)
-
-    process = multiprocessing.get_context("fork").Process(target=quiet)
-    process.start()
-    return process
 
 
 def recipe(folder: Path) -> None:

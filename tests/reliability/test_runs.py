@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from readers import READERS
-from runs import COMMANDS, forked, interrupted, killed, small_files, soak
+from runs import COMMANDS, interrupted, killed, small_files, soak
 
 import headwise
+from forked_helper import forked
 from headwise import storage
 from headwise.errors import ArtifactError, HeadwiseError
 from headwise.hub import smollm2

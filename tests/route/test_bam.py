@@ -1,60 +1,20 @@
-"""BAM: models that become one mixture; what each expert is, that folding is exact, caches, bookkeeping, errors."""
+"""BAM: models that become one mixture; what each expert is, that folding is exact, caches, bookkeeping."""
 
 import copy
 
 import pytest
 import torch
-from transformers import CohereConfig, CohereForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from bam_helper import KV, MODELS, cohere, logits, specialists
 from typer.testing import CliRunner
 
 from headwise.attach import attach, find_stack
 from headwise.cli import app
 from headwise.edits import Edit, HeadEdits
-from headwise.errors import ArtifactError, RouteError
+from headwise.errors import ArtifactError
 from headwise.route import MixedModel, load_rebuilt, soup
 from headwise.route.bam import bam
 from headwise.units import HeadSet
 from tiny_helper import tiny, tokens
-
-KV = ("expert", "shared")
-
-
-def specialists(model, count=2, noise=0.05):
-    """The model and copies of it with noise on every weight, as if trained apart."""
-    made = [model]
-    for seed in range(count):
-        other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for value in other.parameters():
-                value.add_(noise * torch.randn(value.shape, generator=generator).to(value.dtype))
-        made.append(other)
-    return made
-
-
-def cohere(**options):
-    """The paper's block: one norm, attention and gated feed-forward layer in parallel."""
-    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = CohereConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, logit_scale=1.0, **options)
-    torch.manual_seed(0)
-    return CohereForCausalLM(config).eval()
-
-
-def with_biases():
-    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name.endswith("bias"):
-                value.normal_(generator=torch.Generator().manual_seed(1))
-    return model
-
-
-MODELS = {"llama": lambda: tiny("llama"), "qwen3": lambda: tiny("qwen3"), "cohere": cohere, "biases": with_biases}
-
-
-@torch.no_grad()
-def logits(model, ids=None):
-    return model(tokens(2, 15) if ids is None else ids).logits
 
 
 def force(mixed, expert):
@@ -315,70 +275,6 @@ def test_copies_and_checkpointing_train_alike():
     assert twin.model.model.layers[0].self_attn.o_proj is not mixed.model.model.layers[0].self_attn.o_proj
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)
-
-
-def test_models_that_do_not_fit_together_are_refused():
-    llama, qwen = tiny("llama"), tiny("qwen3")
-    with pytest.raises(RouteError, match="at least 2"):
-        bam([llama], None)
-    with pytest.raises(RouteError, match="Qwen3"):
-        bam([llama, qwen], None)
-    other = cohere(rope_theta=7.0)
-    with pytest.raises(RouteError, match="config"):
-        bam([cohere(), other], None)
-    with pytest.raises(RouteError, match="dtype"):
-        bam([llama, copy.deepcopy(llama).to(torch.bfloat16)], None)
-    with torch.no_grad():
-        odd = copy.deepcopy(llama)
-        odd.model.norm.bias = torch.nn.Parameter(torch.zeros(64))
-    with pytest.raises(RouteError, match="differ in tensors: model.norm.bias"):
-        bam([llama, odd], None)
-    with pytest.raises(RouteError, match="layer 0"):
-        bam([tiny("gpt2")] * 2, None)
-    with pytest.raises(RouteError, match="tie_word_embeddings"):
-        bam([cohere(tie_word_embeddings=True), cohere(tie_word_embeddings=False)], None)
-
-
-def test_tokenizers_must_share_a_vocabulary():
-    class Words:
-        def __init__(self, words):
-            self.words = words
-
-        def get_vocab(self):
-            return self.words
-
-    llama = tiny("llama")
-    with pytest.raises(RouteError, match="vocabulary"):
-        bam([llama, llama], [Words({"a": 0}), Words({"b": 0})])
-    with pytest.raises(RouteError, match="1 tokenizers"):
-        bam([llama, llama], [Words({"a": 0})])
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"ffn_top_k": 3}, "ffn_top_k"),
-        ({"attention_k": 0}, "attention_k"),
-        ({"attention_k": 3}, "attention_k"),
-        ({"attention_k": 1, "attention": "average"}, "attention_k"),
-        ({"kv": "own"}, "kv"),
-        ({"ffn_gate": "sum"}, "ffn_gate"),
-        ({"ffn_gate": "renorm"}, "renorm"),
-        ({"balance": -1.0}, "balance"),
-        ({"router_std": float("nan")}, "router_std"),
-        ({"parallel": True}, "sequential"),
-    ],
-)
-def test_bad_options_are_refused(options, text):
-    llama = tiny("llama")
-    with pytest.raises(RouteError, match=text):
-        bam([llama, llama], None, **options)
-
-
-def test_parallel_blocks_are_known():
-    assert bam([cohere()] * 2, None, parallel=True).parallel
-    with pytest.raises(RouteError, match="parallel"):
-        bam([cohere()] * 2, None, parallel=False)
 
 
 def test_one_command_mixes_several_models(tmp_path):

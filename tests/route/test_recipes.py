@@ -4,15 +4,16 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from forked_helper import forked
 from headwise import attach
 from headwise.errors import HeadwiseError, RouteError, TaskError
 from headwise.hub import load_model
@@ -30,18 +31,15 @@ from headwise.route import _recipes_images as pictures
 from headwise.route import _recipes_text as texts
 from headwise.route._recipes_rules import RULES
 from headwise.route._train import whole_checkpoint
+from recipes_helper import TEXTS, shrink
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
-SMALL = texts.TextSize(width=32, layers=2, heads=4, hidden=64, steps=4, batch=4, length=24)
 LEAKING = ("expert-choice", "sinkhorn", "soft", "smear")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(texts.SIZES, "cpu", SMALL)
-    monkeypatch.setattr(texts, "HELD_OUT", 8)
-    tiny = pictures.ImageSize(width=32, layers=2, heads=4, steps=3, batch=8, pictures=64, held_out=32)
-    monkeypatch.setitem(pictures.SIZES, "cpu", tiny)
+    shrink(monkeypatch)
 
 
 def weights(trained, arm="routed"):
@@ -238,36 +236,36 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path):
     assert same(weights(whole), weights(again))
 
 
-RUN = """
-import json, sys
-from headwise.route import _recipes_text as texts
-from headwise.route import train_moh_lm, train_routers
-texts.SIZES["cpu"] = texts.TextSize(width=32, layers=2, heads=4, hidden=64, steps=24, batch=4, length=24)
-recipe = {"moh-lm": train_moh_lm, "routers": train_routers}[sys.argv[1]]
-more = {"rule": "noisy"} if sys.argv[1] == "routers" else {}
-trained = recipe(folder=sys.argv[2], save_every=3, control=True, resume=sys.argv[3] == "resume", **more)
-print(json.dumps({arm: c.losses for arm, c in trained.curves.items()}))
-"""
+RECIPES = {"moh-lm": train_moh_lm, "routers": partial(train_routers, rule="noisy")}
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, text=True)
+def started(recipe, folder, resume=False):
+    """A process that trains both arms, saves often, and leaves its losses in a file beside the folder."""
+
+    def work():
+        texts.SIZES["cpu"] = replace(TEXTS, steps=24)
+        trained = RECIPES[recipe](folder=str(folder), save_every=3, control=True, resume=resume)
+        losses = {arm: curve.losses for arm, curve in trained.curves.items()}
+        folder.with_suffix(".json").write_text(json.dumps(losses))
+
+    return forked(work, folder.with_suffix(".log"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe, arm", [("moh-lm", "routed"), ("routers", "dense")])
 def test_a_run_killed_by_sigkill_ends_in_the_same_losses(tmp_path, recipe, arm):
     """Killed as soon as a checkpoint of an arm is begun, perhaps half written, and continued by a new process."""
-    whole = start(recipe, str(tmp_path / "whole"), "new")
-    killed = start(recipe, str(tmp_path / "killed"), "new")
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "killed" / arm / "checkpoint-6").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / arm / "checkpoint-24").exists(), "the run ended before it was killed"
-    wanted = json.loads(whole.communicate()[0])
-    resumed = json.loads(start(recipe, str(tmp_path / "killed"), "resume").communicate()[0])
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    started(recipe, whole).join(200)
+    process, deadline = started(recipe, broken), time.monotonic() + 200
+    while not (broken / arm / "checkpoint-6").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (broken / arm / "checkpoint-24").exists(), "the run ended before it was killed"
+    assert not broken.with_suffix(".json").exists()
+    started(recipe, broken, resume=True).join(200)
+    wanted, resumed = (json.loads(run.with_suffix(".json").read_text()) for run in (whole, broken))
     assert resumed == wanted
     assert {len(losses) for losses in resumed.values()} == {24}
 

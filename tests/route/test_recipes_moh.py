@@ -11,21 +11,16 @@ from headwise.errors import HeadwiseError, RouteError, TaskError
 from headwise.hub import load_model
 from headwise.models.flow_vit import FlowViT
 from headwise.route import HeadRouter, train_moh_dit, train_moh_recover
-from headwise.route import _recipes_flow as flows
 from headwise.route import _recipes_recover as recovery
 from headwise.route._distil import distilling, divergence
+from recipes_helper import shrink
 
 TINY = "tiny-random-llama"
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    size = recovery.RecoverSize(
-        steps=3, batch=2, window=64, fit_tokens=1024, eval_tokens=256, held_out=2, passkeys=1, length=200, chars=20_000
-    )
-    monkeypatch.setitem(recovery.SIZES, "cpu", size)
-    flow = flows.FlowSize(width=32, layers=2, heads=4, steps=3, batch=8, pictures=32, held_out=16)
-    monkeypatch.setitem(flows.SIZES, "cpu", flow)
+    shrink(monkeypatch)
 
 
 def same(a, b):

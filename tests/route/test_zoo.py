@@ -1,9 +1,10 @@
-"""The router zoo: what each rule promises, padding, causality, gradients, bad input."""
+"""The router zoo: what every rule promises, padding, causality, gradients, capacity, bad input."""
 
 import math
 
 import pytest
 import torch
+from zoo_helper import B, C, E, N, inputs, made, seeded
 
 from headwise.errors import RouteError
 from headwise.route import (
@@ -30,7 +31,6 @@ from headwise.route import (
     TopP,
 )
 
-B, N, C, E = 2, 13, 8, 6
 CHOOSERS = {
     "dense": Dense(),
     "softmax-topk": SoftmaxTopK(k=2),
@@ -53,26 +53,6 @@ CHOOSERS = {
     "graph": Graph(base=SoftmaxTopK(k=2), graph="cosine"),
 }
 LOOK_AHEAD = {"expert-choice", "sinkhorn", "assignment"}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def made(rule, *, causal=False, width=C, experts=E, spread=1.0):
-    router = Router(rule, width=width, experts=experts, causal=causal, generator=seeded())
-    for parameter in router.parameters():
-        if parameter.ndim > 1 and "noise" not in str(rule):
-            torch.nn.init.normal_(parameter, std=spread, generator=seeded(7))
-    return router
-
-
-def inputs(seed=1):
-    return {
-        "x": torch.randn(B, N, C, generator=seeded(seed)),
-        "token_ids": torch.randint(0, 50, (B, N), generator=seeded(seed)),
-        "units": torch.randn(B, N, E, 3, generator=seeded(seed)),
-    }
 
 
 @pytest.mark.parametrize("name", CHOOSERS)
@@ -199,38 +179,6 @@ def test_jitter_acts_in_training_only():
     assert torch.equal(router.eval()(x).weight, made(SoftmaxTopK(k=2)).eval()(x).weight)
 
 
-@pytest.mark.parametrize("over", ["sequence", "batch"])
-def test_expert_choice_gives_every_expert_exactly_its_capacity(over):
-    x = torch.randn(B, 12, C, generator=seeded(3))
-    routing = made(ExpertChoice(capacity=2.0, over=over))(x)
-    assert routing.load().tolist() == [2.0 * 12 * B / E] * E
-    real = torch.ones(B, 12, dtype=torch.bool)
-    real[1, 6:] = False
-    limited = made(ExpertChoice(capacity=2.0, over="sequence"))(x, real=real)
-    assert limited.load().tolist() == [4 + 2.0] * E and not limited.mask()[~real].any()
-
-
-@pytest.mark.parametrize("method, slack", [("assignment", 1), ("sinkhorn", 6)])
-def test_balanced_assignment_is_even_in_training_and_greedy_in_eval(method, slack):
-    router = made(Balanced(method=method, steps=30))
-    x = torch.randn(4, 25, C, generator=seeded(3)) + 0.7
-    greedy = router.eval()(x).load()
-    even = router.train()(x)
-    assert greedy.max() - greedy.min() > 2 * slack
-    assert even.load().max() - even.load().min() <= slack
-    torch.testing.assert_close(even.weight, even.logits.gather(-1, even.index).sigmoid())
-
-
-def test_assignment_is_the_best_even_one():
-    from itertools import permutations
-
-    router = made(Balanced(method="assignment"), experts=4).train()
-    routing = router(torch.randn(1, 4, C, generator=seeded(2)))
-    scores = routing.logits[0]
-    best = max(sum(scores[t, e] for t, e in enumerate(order)) for order in permutations(range(4)))
-    torch.testing.assert_close(scores.gather(-1, routing.index[0]).sum(), best)
-
-
 def test_hash_is_fixed_balanced_and_free_of_weights():
     router = made(Hash(vocabulary=50, k=2, seed=3))
     given = inputs()
@@ -246,47 +194,6 @@ def test_hash_is_fixed_balanced_and_free_of_weights():
         router(given["x"])
     with pytest.raises(RouteError, match="the table has 50 ids"):
         router(given["x"], token_ids=torch.full((B, N), 50))
-
-
-def test_a_stable_router_distils_its_choice_and_then_keeps_it():
-    router = made(Stable(vocabulary=12, rank=6), causal=True).train()
-    centres = torch.randn(12, C, generator=seeded(4))
-    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
-    for step in range(150):
-        ids = torch.randint(12, (4, 32), generator=seeded(step))
-        x = centres[ids]
-        routing = router(x, token_ids=ids)
-        routing.loss({"distil": 1.0}).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    own = router(x, token_ids=ids)
-    assert (own.extra["student"].argmax(-1) == own.index[..., 0]).all()
-    assert float(own.loss({"distil": 1.0}).detach()) < 0.3
-    router.freeze()
-    router.W.data.normal_(generator=seeded(9))  # whatever becomes of the model
-    later = router(torch.randn(4, 32, C, generator=seeded(5)), token_ids=ids)
-    assert torch.equal(later.index, own.extra["student"].argmax(-1, keepdim=True))
-    torch.testing.assert_close(later.weight, later.logits.sigmoid().gather(-1, later.index))
-    (later.weight.sum() + later.loss({"distil": 1.0, "balance": 1.0})).backward()
-    assert router.student_ids.grad is None and router.W.grad.abs().sum() > 0
-    alone = router(torch.randn(4, 32, C, generator=seeded(5)), token_ids=ids)
-    (grad,) = torch.autograd.grad(alone.loss({"balance": 1.0}), router.W)
-    assert not grad.any()
-    again = Router(Stable(vocabulary=12, rank=6), width=C, experts=E)
-    again.load_state_dict(router.state_dict())
-    x = torch.randn(4, 32, C, generator=seeded(6))
-    assert torch.equal(again(x, token_ids=ids).index, later.index)
-
-
-def test_only_rules_of_two_stages_can_be_frozen_and_distilled():
-    with pytest.raises(RouteError, match="nothing to freeze"):
-        made(SoftmaxTopK(k=2)).freeze()
-    with pytest.raises(RouteError, match="second, small one"):
-        made(SoftmaxTopK(k=2))(inputs()["x"]).loss({"distil": 1.0})
-    with pytest.raises(RouteError, match="stable routing needs token_ids"):
-        made(Stable(vocabulary=50))(inputs()["x"])
-    with pytest.raises(RouteError, match="vocabulary is 0"):
-        Stable()
 
 
 def test_top_p_takes_the_smallest_set_that_reaches_p():
@@ -368,56 +275,6 @@ def test_padded_tokens_use_no_capacity():
     assert torch.equal(limited.used()[:, 10:], alone.used())
 
 
-def test_soft_moe_weights_sum_to_one_and_tokens_may_be_permuted():
-    router = made(SoftMoE(slots=2))
-    x = inputs()["x"]
-    slots = router(x)
-    torch.testing.assert_close(slots.combine.sum((2, 3)), torch.ones(B, N))
-    torch.testing.assert_close(slots.dispatch.sum(1), torch.ones(B, E, 2))
-    experts = Experts(experts=E, width=C, hidden=4, std=0.5, generator=seeded())
-    order = torch.randperm(N, generator=seeded(1))
-    torch.testing.assert_close(router(x[:, order]).apply(experts, x[:, order]), slots.apply(experts, x)[:, order])
-    real = torch.ones(B, N, dtype=torch.bool)
-    real[:, 9:] = False
-    masked = router(x, real=real).apply(experts, x)
-    torch.testing.assert_close(masked[:, :9], router(x[:, :9]).apply(experts, x[:, :9]))
-    assert not masked[:, 9:].any()
-
-
-def test_soft_moe_equals_its_formula():
-    router, x = made(SoftMoE(slots=2)), inputs()["x"]
-    experts = Experts(experts=E, width=C, hidden=4, std=0.5, generator=seeded())
-    phi = router.phi / router.phi.norm(dim=0, keepdim=True) * router.s
-    logits = (x / x.norm(dim=-1, keepdim=True)) @ phi.reshape(C, -1)
-    D, K = logits.softmax(1), logits.softmax(-1)
-    slots = D.transpose(1, 2) @ x
-    done = torch.stack([experts.one(j // 2, slots[:, j]) for j in range(E * 2)], dim=1)
-    torch.testing.assert_close(router(x).apply(experts, x), K @ done)
-
-
-def test_smear_with_a_one_hot_mixture_is_that_expert():
-    router, x = made(Smear()), inputs()["x"]
-    experts = Experts(experts=E, width=C, hidden=4, std=0.5, generator=seeded())
-    merge = router(x)
-    one_hot = type(merge)(torch.nn.functional.one_hot(torch.tensor([[2], [4]]), E).float(), N)
-    out = one_hot.apply(experts, x)
-    torch.testing.assert_close(out[0], experts.one(2, x[0]))
-    torch.testing.assert_close(out[1], experts.one(4, x[1]))
-    torch.testing.assert_close(merge.weights[:, 0], (x.mean(1) @ router.W.T).softmax(-1))
-
-
-def test_lory_routes_a_segment_by_the_one_before():
-    router = Router(Lory(segment=4), width=C, experts=E, generator=seeded())
-    torch.nn.init.normal_(router.W, generator=seeded(2))
-    x = inputs()["x"]
-    merge = router(x)
-    assert merge.weights.shape == (B, 4, E)
-    torch.testing.assert_close(merge.weights[:, 0], torch.full((B, E), 1 / E))
-    torch.testing.assert_close(merge.weights[:, 1], (x[:, :4].mean(1) @ router.W.T).softmax(-1))
-    experts = Experts(experts=E, width=C, hidden=4, std=0.5, generator=seeded())
-    torch.testing.assert_close(merge.apply(experts, x)[:, :9], router(x[:, :9]).apply(experts, x[:, :9]))
-
-
 @pytest.mark.parametrize(
     "make, text",
     [
@@ -450,23 +307,3 @@ def test_lory_routes_a_segment_by_the_one_before():
 def test_bad_input_names_what_is_wrong(make, text):
     with pytest.raises(RouteError, match=text):
         make()
-
-
-def test_soft_moe_agrees_with_the_public_package():
-    peers = pytest.importorskip("soft_moe_pytorch", reason="needs soft-moe-pytorch, a peer to compare with")
-    peer = peers.SoftMoE(dim=C, num_experts=E, num_slots=2, expert_mult=2).eval()
-    router, experts = made(SoftMoE(slots=2)), Experts(experts=E, width=C, hidden=16, gated=False, activation="gelu")
-    with torch.no_grad():
-        router.phi.copy_(peer.slot_embeds.permute(2, 0, 1))
-        router.s.fill_(C)  # it scales both normed sides by sqrt(C)
-        for e, expert in enumerate(peer.experts.experts):
-            expert[0].bias.zero_()
-            expert[3].bias.zero_()
-            experts.gate_up_proj[e], experts.down_proj[e] = expert[0].weight, expert[3].weight
-        x = torch.randn(B, N, C, generator=seeded(3))
-        normed = torch.nn.functional.normalize(x, dim=-1) * C**0.5  # its experts read the normed tokens
-        real = torch.ones(B, N, dtype=torch.bool)
-        real[:, 10:] = False
-        torch.testing.assert_close(router(normed).apply(experts, normed), peer(x), rtol=1e-5, atol=1e-5)
-        masked = router(normed, real=real).apply(experts, normed)
-        torch.testing.assert_close(masked[:, :10], peer(x[:, :10]), rtol=1e-5, atol=1e-5)
