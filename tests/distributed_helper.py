@@ -82,7 +82,10 @@ def _wait(ranks: list[Any], folder: Path, deadline: float) -> None:
             alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
             raise RankError(f"ranks {alive} did not come back in time")
         time.sleep(0.02)
-    for rank, process in enumerate(ranks):
-        if process.exitcode not in (None, 0):
-            note = folder / f"error{rank}"
-            raise RankError(f"rank {rank}: {note.read_text() if note.exists() else f'exit code {process.exitcode}'}")
+    broken = [rank for rank, process in enumerate(ranks) if process.exitcode not in (None, 0)]
+    notes = {rank: folder / f"error{rank}" for rank in broken if (folder / f"error{rank}").exists()}
+    if notes:  # the first to fail: what the others say then is that it is gone
+        rank = min(notes, key=lambda rank: notes[rank].stat().st_mtime_ns)
+        raise RankError(f"rank {rank}: {notes[rank].read_text()}")
+    if broken:
+        raise RankError(f"rank {broken[0]}: exit code {ranks[broken[0]].exitcode}")

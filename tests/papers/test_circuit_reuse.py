@@ -5,6 +5,7 @@ import torch
 
 from headwise.errors import ScoreError
 from headwise.hub import load_model
+from headwise.papers.catalogue import row
 from headwise.papers.circuit_reuse import CHECKS, PAPER, PREFIX, chance_overlap, repair_heads
 from headwise.papers.reproduction import Reproduction
 from headwise.score import find_circuit
@@ -69,3 +70,9 @@ def test_chance_and_the_choice_of_heads():
     some = HeadSet.parse("L0H0,L0H1,L1H1,L1H2")
     assert chance_overlap(scores, some, some, torch.Generator().manual_seed(0)) == pytest.approx(0.35, abs=0.05)
     assert str(repair_heads(scores, scores)) == "L0H0,L0H1,L1H1,L1H3"
+
+
+def test_the_record_is_of_this_claim():
+    found = row("circuit-reuse")
+    assert found.problems() == [] and found.status == "partial"
+    assert found.record.claim == PAPER.claim and [str(c) for c in found.record.checks] == [str(c) for c in CHECKS]

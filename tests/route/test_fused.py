@@ -100,3 +100,12 @@ def test_only_plain_softmax_routers_are_fused():
     assert SoftmaxTopK(k=2).plain_gate() == GateRule(k=2, renorm=True)
     for other in (SoftmaxTopK(k=2, logit_norm=1.0), SoftmaxTopK(k=2, jitter=0.1), SigmoidTopK(k=2)):
         assert other.plain_gate() is None
+
+
+@needs_kernels
+def test_second_derivatives_are_refused():
+    """The kernels of a backward pass are no graph: asked to differentiate them, autograd would take them for constants."""
+    x, W = (torch.randn(n, 16, device=DEVICE, requires_grad=True) for n in (4, 5))
+    (grad,) = torch.autograd.grad(fused_choice(x, W, GateRule(k=2)).weight.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from headwise.attach.gates import GateRule
 from headwise.route._permute import kernels_work
@@ -75,6 +76,7 @@ class _Choice(torch.autograd.Function):
         return index, weight, probs, logits, balance, z, good
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, _: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
         from headwise.route import _fused_kernels as kernels
 

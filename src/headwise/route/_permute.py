@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from headwise.attention.triton._host import interpreting, triton_available
@@ -73,6 +74,7 @@ class _Spread(torch.autograd.Function):
         return x.index_select(0, token)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _summed(grad, ctx.place), None, None
 
@@ -84,6 +86,7 @@ class _GatherSum(torch.autograd.Function):
         return _summed(rows, place)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.index_select(0, ctx.token), None, None
 
@@ -96,6 +99,7 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu_forward(up, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         return _swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
 

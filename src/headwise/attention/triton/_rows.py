@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from headwise.attention.triton import _host
 
@@ -83,6 +84,7 @@ class _Rows(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out, d_lse):
         q, k, v, gate, raw, lse = ctx.saved_tensors
         d_lse = d_lse.contiguous() if ctx.call.want_lse_grad else None

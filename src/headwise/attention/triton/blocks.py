@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from headwise.attention.triton import _host, _rows
 
@@ -70,6 +71,7 @@ class _Blocks(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out, d_lse):
         q, k, v, out, lse, index = ctx.saved_tensors
         block_size, causal, scale, want_lse_grad = ctx.options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from headwise.attention.triton import _host
 
@@ -76,6 +77,7 @@ class _Keys(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out, d_lse):
         from headwise.attention.triton import _kernels_keys as kernels
 

@@ -45,10 +45,10 @@ def reuse(
         for unit in story.circuit.heads | colors.heads
     ]
     shared = Section(
-        title=f"Two tasks, much the same heads ({name})",
+        title=f"The heads of two tasks ({name})",
         text=[
             "How far each head moves the logits by itself, on its direct path: indirect objects above, coloured objects below. Framed is "
-            f"what the first stage of each search kept. Over all stages {len(both)} heads are in both circuits: {both}.",
+            f"what the first stage of each search kept. In both circuits, over all stages: {both if len(both) else 'no head'}.",
         ],
         figures=[signed_map(c.stages[0].scores, label="share", kept=c.stages[0].kept) for c in (story.circuit, colors)],
         table=Table(["head", "indirect objects", "coloured objects"], rows),
